@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""testclient: send standard input to daemontest as one text, and print the reply.
+
+Exit status: 0 and the reply on standard output; 1 and one line on standard error if the
+service cannot be reached, gives no whole reply, or refuses; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import select
+import socket
+import sys
+import time
+
+PROGRAM = "testclient.py"
+
+
+class Failure(Exception):
+    """Something the user is to be told in one line: what failed, and why."""
+
+
+def main() -> int:
+    options = parse_command_line()
+    try:
+        text = read_text() + b"\n"
+        deadline = time.monotonic() + options.timeout
+        try:
+            with connect(options.s, options.p, deadline) as connection:
+                reply = exchange(connection, text, deadline)
+        except TimeoutError as why:
+            raise Failure(f"no answer from {options.s} port {options.p}: nothing within {options.timeout:g} s") from why
+        print_reply(reply)
+    except Failure as why:
+        print(f"{PROGRAM}: {why}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, allow_abbrev=False, usage="%(prog)s [-s HOST] [-p PORT] [--timeout SECONDS] < FILE",
+        description="Send standard input to daemontest as one text, and print the reply.")
+    parser.add_argument("-s", metavar="HOST", default="localhost", help="where the service runs (default: %(default)s)")
+    parser.add_argument("-p", metavar="PORT", default=36000, type=port, help="its TCP port (default: %(default)s)")
+    parser.add_argument("--timeout", metavar="SECONDS", default=60.0, type=seconds,
+                        help="time for the whole exchange (default: 60)")
+    return parser.parse_args()
+
+
+def port(argument: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", argument) or not 1 <= int(argument) <= 65535:
+        raise argparse.ArgumentTypeError("expected a whole number from 1 to 65535")
+    return int(argument)
+
+
+def seconds(argument: str) -> float:
+    try:
+        value = float(argument)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError("expected a number of seconds above 0, at most 86400")
+    return value
+
+
+def read_text() -> bytes:
+    try:
+        with open(0, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as why:
+        raise Failure(f"cannot read standard input: {why.strerror}") from why
+
+
+def connect(host: str, port: int, deadline: float) -> socket.socket:
+    """Connect to the first address of HOST that accepts.  Raises Failure, TimeoutError."""
+    failed: OSError | UnicodeError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            connection = None
+            try:
+                connection = socket.socket(family, kind, protocol)
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                connection.connect(address)
+                if connection.getsockname() == connection.getpeername():
+                    # Nobody listens on this port of the ephemeral range: TCP's simultaneous open met itself.
+                    raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+                return connection
+            except OSError as why:
+                if connection:
+                    connection.close()
+                failed = why
+    except (OSError, UnicodeError) as why:  # the name: unknown, or none at all
+        failed = why
+    if isinstance(failed, TimeoutError) and time.monotonic() >= deadline:
+        raise failed
+    raise Failure(f"cannot connect to {host} port {port}: {getattr(failed, 'strerror', None) or failed}") from failed
+
+
+def exchange(connection: socket.socket, text: bytes, deadline: float) -> bytes:
+    """Send TEXT, half-close, and return the reply, which may come before all is sent.
+
+    Raises Failure if no whole reply comes, TimeoutError at the deadline.
+    """
+    unsent = memoryview(text)
+    reply = bytearray()
+    lost = "connection closed"
+    connection.setblocking(False)
+    while True:
+        left = deadline - time.monotonic()
+        readable, writable, _ = select.select([connection], [connection] if unsent else [], [], max(0.0, left))
+        if left <= 0:
+            raise TimeoutError
+        if writable:
+            try:
+                unsent = unsent[connection.send(unsent):]
+                if not unsent:
+                    connection.shutdown(socket.SHUT_WR)
+            except OSError as why:
+                lost = why.strerror or lost
+                unsent = unsent[:0]  # the service may have refused the text, and said so
+        if readable:
+            try:
+                piece = connection.recv(65536)
+            except OSError as why:
+                lost = why.strerror or lost
+                break
+            if not piece:
+                break
+            reply += piece
+    if not reply.endswith(b"\n"):
+        raise Failure(f"no whole reply: {lost}")
+    return bytes(reply)
+
+
+def print_reply(reply: bytes) -> None:
+    """Print REPLY.  Raises Failure if it is a refusal, or cannot be printed."""
+    if re.match(rb"[0-9]+ error: ", reply):
+        raise Failure("refused: " + " ".join(reply.decode(errors="replace").split()))
+    try:
+        with open(1, "wb", closefd=False) as file:
+            file.write(reply)
+    except OSError as why:
+        raise Failure(f"cannot write to standard output: {why.strerror}") from why
+
+
+if __name__ == "__main__":
+    sys.exit(main())

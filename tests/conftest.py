@@ -1,0 +1,208 @@
+"""The harness: drives the real scripts in a HOME of their own, on a free port, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DAEMON = ROOT / "daemontest.py"
+CLIENT = ROOT / "testclient.py"
+POEM = ROOT / "tests" / "data" / "poem.txt"
+DEADLINE = 20.0  # s; how long a loaded machine may take for what normally takes milliseconds
+MARK = "DAEMONTEST_HARNESS"  # in the environment of every process that a test starts
+
+RECORD = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) (?P<message>.+)")
+CONTINUATION = re.compile(r"    .*")
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
+    """The condition's first true value; fails the test after DEADLINE s."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        if time.monotonic() > end:
+            pytest.fail(f"waited {deadline:g} s in vain for {what}")
+        time.sleep(0.005)
+    return value
+
+
+def free_port() -> int:
+    """A port nobody uses, below the range from which the kernel takes ports for outgoing connections."""
+    while True:
+        port = random.randint(12000, 32000)
+        try:
+            with socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True):
+                return port
+        except OSError:
+            continue
+
+
+def alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Service:
+    """One daemontest of the test's own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.port = free_port()
+        self.mark = uuid.uuid4().hex
+        self.env = {**os.environ, "HOME": str(home), MARK: self.mark}
+        self.pid_file = home / "daemontest.pid"
+        self.log_file = home / "daemontest.log"
+        self.expected: list[str] = []  # patterns of the log lines of trouble that the test makes on purpose
+
+    # -- commands --
+
+    def run(self, *arguments: str | Path, script: Path = DAEMON, timeout: float = 50,
+            **options: Any) -> subprocess.CompletedProcess[str]:
+        """A command of the daemon's (or client's), to its end."""
+        options = {"cwd": self.home, "env": self.env, "stdin": subprocess.DEVNULL, **options}
+        return subprocess.run([sys.executable, str(script), *map(str, arguments)],
+                              capture_output=True, text=True, timeout=timeout, **options)
+
+    def start(self, *arguments: str | Path, **options: Any) -> int:
+        """Start in the background on this service's port; the manager's PID."""
+        done = self.run("-p", str(self.port), *arguments, **options)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        match = re.fullmatch(r"daemontest\.py: (\d+) started, \d+ workers on port (\d+)\n", done.stdout)
+        assert match, done.stdout
+        return int(match[1])
+
+    def foreground(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start with -f; returns at once."""
+        options = {"cwd": self.home, "env": self.env, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+                   "stderr": subprocess.PIPE, "text": True, **options}
+        return subprocess.Popen([sys.executable, str(DAEMON), "-f", "-p", str(self.port), *map(str, arguments)],
+                                **options)
+
+    def stop(self) -> subprocess.CompletedProcess[str]:
+        return self.run("-t")
+
+    def configure(self, text: str) -> Path:
+        path = self.home / "daemontest.toml"
+        path.write_text(text)
+        return path
+
+    def write_handler(self, source: str, name: str = "service") -> Path:
+        path = self.home / f"{name}.py"
+        path.write_text(source)
+        return path
+
+    # -- clients --
+
+    def connect(self, host: str = "127.0.0.1", timeout: float = DEADLINE) -> socket.socket:
+        return socket.create_connection((host, self.port), timeout=timeout)
+
+    def ask(self, text: str | bytes, host: str = "127.0.0.1", timeout: float = DEADLINE) -> str:
+        """Send TEXT, half-close, and return the whole reply."""
+        with self.connect(host, timeout) as connection:
+            connection.sendall(text.encode() if isinstance(text, str) else text)
+            connection.shutdown(socket.SHUT_WR)
+            return read_all(connection).decode()
+
+    def client(self, text: str | bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        """testclient.py with TEXT as its standard input."""
+        return subprocess.run(
+            [sys.executable, str(CLIENT), "-s", "127.0.0.1", "-p", str(self.port), *arguments],
+            input=text.encode() if isinstance(text, str) else text, capture_output=True, env=self.env, timeout=50)
+
+    # -- processes --
+
+    def manager(self) -> int:
+        return int(self.pid_file.read_text())
+
+    def workers(self, manager: int | None = None) -> set[int]:
+        """The manager's living children."""
+        try:
+            children = psutil.Process(manager or self.manager()).children()
+        except psutil.NoSuchProcess:
+            return set()
+        return {child.pid for child in children if alive(child.pid)}
+
+    def processes(self) -> set[int]:
+        """Every living process that this test started and that runs the daemon."""
+        found = set()
+        for process in psutil.process_iter():
+            try:
+                if (process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE
+                        and str(DAEMON) in process.cmdline()):
+                    found.add(process.pid)
+            except psutil.Error:
+                continue
+        return found
+
+    # -- log --
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def records(self, pattern: str = "") -> list[re.Match[str]]:
+        """The log's records whose message matches PATTERN from its beginning."""
+        found = (RECORD.fullmatch(line) for line in self.log.split("\n"))
+        return [match for match in found if match and re.match(pattern, match["message"])]
+
+    def wait_for_records(self, pattern: str, count: int = 1, deadline: float = DEADLINE) -> list[re.Match[str]]:
+        wait_until(lambda: len(self.records(pattern)) >= count, f"{count} of {pattern!r} in the log", deadline)
+        return self.records(pattern)
+
+    # -- the end --
+
+    def clean_up(self) -> set[int]:
+        """Kill what is left; its PIDs."""
+        left = self.processes()
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        wait_until(lambda: not self.processes(), "killed processes to go")
+        return left
+
+    def trouble(self) -> list[str]:
+        """Lines of the log that tell of a fault which the test did not announce."""
+        signs = re.compile(r"Traceback|Died|Failed|Cannot|Error\b")
+        return [line for line in self.log.split("\n")
+                if not line.startswith("     ") and signs.search(line)
+                and not any(re.search(pattern, line) for pattern in self.expected)]
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """All that comes until the end of file."""
+    reply = bytearray()
+    while piece := connection.recv(65536):
+        reply += piece
+    return bytes(reply)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """A service to start; at the end it is stopped as a user would, and must have left nothing behind."""
+    home = tmp_path / "home"
+    home.mkdir()
+    service = Service(home)
+    yield service
+    if service.pid_file.exists():
+        service.stop()
+    left = service.clean_up()
+    assert not left, f"processes left behind: {left}"
+    assert not service.trouble(), service.log[-5000:]
