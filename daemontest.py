@@ -58,8 +58,6 @@ def text_length(text: str) -> str:
 class Failure(Exception):
     """What the user is to be told in one line: what failed, and why."""
 
-    exit_status = 1
-
 
 # ---- Settings -----------------------------------------------------------------------
 
@@ -102,16 +100,19 @@ STANDARD_ERROR = ""  # the name of the log file with -f
 
 def fitting(name: str, value: Any) -> Any:
     """VALUE as setting NAME wants it.  Raises ValueError, which says what that is."""
+    if name not in FIELDS:
+        raise ValueError(f"unknown key, expected one of {', '.join(FIELDS)}")
     about = FIELDS[name].metadata
     kind, fits = about["kind"], about["fits"]
     if kind is str:
-        if isinstance(value, str) and re.fullmatch(fits, value):
-            return value
-        raise ValueError(f"expected a text: {about['shown']['metavar']}")
-    if type(value) in (int, kind) and fits[0] <= value <= fits[1]:
-        return kind(value)
-    unit = "whole number" if kind is int else "number of seconds"
-    raise ValueError(f"expected a {unit} from {fits[0]} to {fits[1]}")
+        good = isinstance(value, str) and re.fullmatch(fits, value)
+        expected = f"a string, {about['shown']['metavar']}"
+    else:
+        good = type(value) in (int, kind) and fits[0] <= value <= fits[1]  # a bool is no number here
+        expected = f"a {'whole number' if kind is int else 'number of seconds'} from {fits[0]} to {fits[1]}"
+    if not good:
+        raise ValueError(f"expected {expected}")
+    return kind(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,8 @@ class Invocation:
 
     def settings(self, with_file: bool = True) -> Settings:
         """The command line over the configuration file over the defaults.  Raises Failure."""
-        values = self.read_config() if with_file else {}
+        config_file = self.config_file() if with_file else None
+        values = read_config(config_file) if config_file else {}
         if self.action is foreground:
             values.setdefault("log_file", STANDARD_ERROR)
         settings = Settings(**values | self.given)
@@ -134,58 +136,45 @@ class Invocation:
 
     def config_file(self) -> str | None:
         default = os.path.expanduser("~/daemontest.toml")
-        if self.config is None:
-            return default if os.path.exists(default) else None
-        return self.path(self.config)
+        return self.path(self.config) if self.config else default if os.path.exists(default) else None
 
     def handler_directory(self) -> str:
-        config_file = self.config_file()
-        return os.path.dirname(config_file) if config_file else self.directory
+        return os.path.dirname(self.config_file() or "") or self.directory
 
     def path(self, name: str) -> str:
-        """NAME as seen from the directory of the start.  Raises Failure."""
-        expanded = os.path.expanduser(name)
-        if expanded.startswith("~"):
-            raise Failure(f"cannot use {name}: no such home directory")
-        return os.path.join(self.directory, expanded)
+        """NAME as seen from the directory of the start."""
+        return os.path.join(self.directory, os.path.expanduser(name))
 
-    def read_config(self) -> dict[str, Any]:
-        path = self.config_file()
-        if path is None:
-            return {}
-        key = ""
-        try:
-            with open(path, "rb") as file:
-                values = tomllib.load(file)
-            for key in values:
-                if key not in FIELDS:
-                    raise ValueError(f"unknown key, expected one of {', '.join(FIELDS)}")
-                values[key] = fitting(key, values[key])
-        except OSError as why:
-            raise Failure(f"cannot read configuration {path}: {why.strerror}") from why
-        except ValueError as why:  # TOML's own and UTF-8's too
-            raise Failure(f"bad configuration {path}: {key or 'expected TOML'}: {why}") from why
-        return values
+
+def read_config(path: str) -> dict[str, Any]:
+    key = "expected TOML"
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+        for key in values:
+            values[key] = fitting(key, values[key])
+    except OSError as why:
+        raise Failure(f"cannot read configuration {path}: {why.strerror}") from why
+    except ValueError as why:  # TOML's own, and UTF-8's, too
+        raise Failure(f"bad configuration {path}: {key}: {why}") from why
+    return values
 
 
 # ---- Command line -------------------------------------------------------------------
 
 
-def main() -> int:
+def main() -> None:
     mend_standard_streams()
     invocation = parse_command_line()
     try:
         if outcome := invocation.action(invocation):
             os.write(1, f"{outcome}\n".encode())
-        return 0
     except Failure as why:
-        reason, exit_status = printable(str(why)), why.exit_status
+        sys.exit(f"{PROGRAM}: {printable(str(why))}")
     except OSError as why:
-        reason, exit_status = f"cannot write to standard output: {why.strerror}", 1
+        sys.exit(f"{PROGRAM}: cannot write to standard output: {why.strerror}")
     except KeyboardInterrupt:
-        reason, exit_status = "interrupted", 130
-    print(f"{PROGRAM}: {reason}", file=sys.stderr)
-    return exit_status
+        sys.exit(f"{PROGRAM}: interrupted")
 
 
 def mend_standard_streams() -> None:
@@ -234,9 +223,8 @@ def status(invocation: Invocation) -> str:
     """print the process ID of the running service, or exit with 3"""
     pid = running_service(invocation).read_pid()
     if pid is None:
-        not_running = Failure("not running")
-        not_running.exit_status = 3
-        raise not_running
+        print(f"{PROGRAM}: not running", file=sys.stderr)
+        sys.exit(3)
     return str(pid)
 
 
@@ -251,7 +239,7 @@ def running_service(invocation: Invocation) -> PidFile:
         return PidFile(invocation.settings().pid_file)
     except Failure:
         pid_file = PidFile(invocation.settings(with_file=False).pid_file)
-        if not pid_file.is_locked():
+        if pid_file.read_pid() is None:
             raise
         return pid_file
 
@@ -480,8 +468,8 @@ class Child:
 
     def due(self, handler_timeout: float) -> tuple[float, str]:
         """When it is to be killed, as far as can be told now, and what for."""
-        handler_due = self.busy_since[0] + handler_timeout if self.busy_since[0] else math.inf
-        return min((handler_due, f"handler ran longer than {handler_timeout:g} s"),
+        busy_until = self.busy_since[0] + handler_timeout if self.busy_since[0] else math.inf
+        return min((busy_until, f"handler ran longer than {handler_timeout:g} s"),
                    (self.leave_by, "not done within the grace"))
 
 
@@ -561,8 +549,8 @@ class Manager:
         while True:
             try:
                 self.spawn_missing()
-            except OSError as why:
-                log(record("*", f"Cannot Fork: {why.strerror}"))
+            except Failure as why:
+                log(record("*", f"{why}"))
                 self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
             match self.next_signal():
                 case signal.SIGHUP:
@@ -572,6 +560,7 @@ class Manager:
 
     def stop(self) -> None:
         self.notify("STOPPING=1")
+        self.vacant_until.clear()
         self.retire_all()
         while self.children:
             self.next_signal()
@@ -581,7 +570,8 @@ class Manager:
         """Wait for a signal, or until a worker is overdue or a place to be filled; look after the workers."""
         now = time.monotonic()
         limit = self.settings.handler_timeout  # a handler that is not running yet is not overdue before that
-        due = min([now + limit, *self.vacant_until, *(child.due(limit)[0] for child in self.children.values())])
+        due = min([now + limit, *self.vacant_until,
+                   *(child.due(limit)[0] for child in self.children.values() if not child.killed_for)])
         signal.setitimer(signal.ITIMER_REAL, max(due - now, 0.001))
         signum = signal.sigwait(LOOP_SIGNALS)
         if signum == signal.SIGCHLD:
@@ -592,7 +582,7 @@ class Manager:
         return signum
 
     def spawn_missing(self) -> None:
-        """Fork workers up to their number.  Raises OSError."""
+        """Fork workers up to their number.  Raises Failure."""
         now = time.monotonic()
         self.vacant_until = [until for until in self.vacant_until if until > now]
         staying = sum(child.leave_by == math.inf for child in self.children.values())
@@ -602,8 +592,12 @@ class Manager:
             self.spawn()
 
     def spawn(self) -> None:
-        busy_since = memoryview(mmap.mmap(-1, 8)).cast("d")
-        pid = os.fork()
+        manager = os.getpid()
+        try:
+            busy_since = memoryview(mmap.mmap(-1, 8)).cast("d")
+            pid = os.fork()
+        except OSError as why:
+            raise Failure(f"cannot fork a worker: {why.strerror}") from why
         if pid:
             self.children[pid] = Child(busy_since)
             return
@@ -611,8 +605,7 @@ class Manager:
         try:
             for descriptor in self.not_for_workers:
                 os.close(descriptor)
-            worker = Worker(self.listener, self.settings, self.handler, busy_since, self.settings.max_requests)
-            worker.run(self.lifeline, self.up)
+            Worker(self, manager, busy_since).run()
             status = 0
         except BaseException as why:
             log(traced("Child Process Failed:", why))
@@ -627,8 +620,8 @@ class Manager:
             child = self.children.pop(pid, None)
             if child and status:  # the others: workers that left, and processes that the handler's module started
                 code = os.waitstatus_to_exitcode(status)
-                causes = [f"exit status {code}" if code > 0 else signal.Signals(-code).name, child.killed_for]
-                log(record("*", f"Child Process Died. ({': '.join(filter(None, causes))})", pid))
+                cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
+                log(record("*", f"Child Process Died. ({': '.join(filter(None, (cause, child.killed_for)))})", pid))
                 if child.leave_by == math.inf:
                     self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
 
@@ -655,6 +648,7 @@ class Manager:
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
             self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
         sys.stdout.flush()
+        gc.unfreeze()
         gc.collect()
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
@@ -689,26 +683,25 @@ class Manager:
 # ---- Worker -------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
 class Worker:
     """Accepts clients one after the other, until its requests are used up or it is told to leave."""
 
-    listener: socket.socket
-    settings: Settings
-    handler: Handler
-    busy_since: Any
-    left: int
-    told_to_leave: bool = False
+    def __init__(self, manager: Manager, manager_pid: int, busy_since: Any) -> None:
+        self.listener, self.settings, self.handler = manager.listener, manager.settings, manager.handler
+        self.lifeline, self.up = manager.lifeline, manager.up
+        self.manager_pid = manager_pid
+        self.busy_since = busy_since
+        self.left = self.settings.max_requests
+        self.told_to_leave = False
 
-    def run(self, lifeline: int, up: int) -> None:
-        manager = os.getppid()
-        poller, woken = self.prepare(lifeline)
+    def run(self) -> None:
+        poller, woken = self.prepare()
         log(record("*", "Child Process Started."))
-        if up >= 0:
-            os.write(up, b".")
-            os.close(up)
+        if self.up >= 0:
+            os.write(self.up, b".")
+            os.close(self.up)
         # The lifeline ends the wait when the manager is gone; a busy worker, which does not wait, asks for its parent.
-        while self.left and not self.told_to_leave and os.getppid() == manager:
+        while self.left and not self.told_to_leave and os.getppid() == self.manager_pid:
             try:
                 connection, address = self.listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -721,7 +714,7 @@ class Worker:
             log(record("*", "Caught SIGTERM"))
         log(record("*", f"Child Process Ended. ({self.left})"))
 
-    def prepare(self, lifeline: int) -> tuple[select.epoll | select.poll, int]:
+    def prepare(self) -> tuple[select.epoll | select.poll, int]:
         """Set up the signals, then let them in.  Returns what to wait by for a client, and what a signal writes to."""
         for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM):
             signal.signal(signum, signal.SIG_IGN)
@@ -736,7 +729,7 @@ class Worker:
         # A client wakes one of the waiting workers, not all (epoll_ctl(2)).
         poller.register(self.listener, select.POLLIN | getattr(select, "EPOLLEXCLUSIVE", 0))
         poller.register(woken, select.POLLIN)
-        poller.register(lifeline, select.POLLIN)
+        poller.register(self.lifeline, select.POLLIN)
         return poller, woken
 
     def serve(self, connection: socket.socket, client: str) -> None:
@@ -925,4 +918,4 @@ def print_to_log() -> io.TextIOWrapper:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
