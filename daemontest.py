@@ -393,9 +393,12 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         os.pwrite(self.descriptor, b"%d\n" % os.getpid(), 0)
 
     def release(self) -> None:
-        """Remove the file.  The lock stays until the process has ended, which is what it tells."""
+        """Remove the file, or empty it.  The lock stays until the process has ended, which is what it tells."""
         if self.is_at_path(self.descriptor):
-            os.unlink(self.path)
+            try:
+                os.unlink(self.path)
+            except OSError:  # in a directory that lets nothing be removed
+                os.ftruncate(self.descriptor, 0)
 
     def is_at_path(self, descriptor: int) -> bool:
         try:

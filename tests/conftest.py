@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ POEM = ROOT / "tests" / "data" / "poem.txt"
 DEADLINE = 20.0  # s; how long a loaded machine may take for what normally takes milliseconds
 MARK = "DAEMONTEST_HARNESS"  # in the environment of every process that a test starts
 
-RECORD = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) (?P<message>.+)")
+RECORD = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) "
+                    r"(?P<message>.+)")
 CONTINUATION = re.compile(r"    .*")
 
 
@@ -194,10 +196,44 @@ def read_all(connection: socket.socket) -> bytes:
     return bytes(reply)
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
+GATE = """
+import os, time
+
+def handle(text):
+    with open(f"{HERE}/in-hand", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    for _ in range(6000):  # a minute at the most
+        if os.path.exists(f"{HERE}/open"):
+            return "let through"
+        time.sleep(0.01)
+"""
+
+
+class Gate:
+    """A handler that keeps every request in hand until the test opens the gate."""
+
+    def __init__(self, service: Service) -> None:
+        self.home = service.home
+        service.write_handler(GATE.replace("{HERE}", str(self.home)), "gate")
+        self.arguments = ("--handler", "gate:handle")
+
+    def in_hand(self) -> list[int]:
+        """The PIDs of the workers that have called the handler, in the order of the calls."""
+        file = self.home / "in-hand"
+        return [int(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+    def wait_for(self, count: int = 1) -> list[int]:
+        """Wait until COUNT requests have come into hand; their workers' PIDs."""
+        wait_until(lambda: len(self.in_hand()) >= count, f"{count} requests in hand")
+        return self.in_hand()
+
+    def open(self) -> None:
+        (self.home / "open").touch()
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[Service]:
     """A service to start; at the end it is stopped as a user would, and must have left nothing behind."""
-    home = tmp_path / "home"
     home.mkdir()
     service = Service(home)
     yield service
@@ -206,3 +242,9 @@ def service(tmp_path: Path) -> Iterator[Service]:
     left = service.clean_up()
     assert not left, f"processes left behind: {left}"
     assert not service.trouble(), service.log[-5000:]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    with serving(tmp_path / "home") as service:
+        yield service
