@@ -289,7 +289,12 @@ def background(invocation: Invocation) -> str:
     if not outcome.startswith("+"):
         manager.pid_file.release()
         raise Failure(outcome or "cannot start: the manager died")
-    return f"{PROGRAM}: {outcome[1:]}"
+    try:
+        os.write(1, f"{PROGRAM}: {outcome[1:]}\n".encode())
+    except OSError:
+        manager.pid_file.signal_manager(signal.SIGTERM, wait=True)  # a start that failed leaves nothing behind
+        raise
+    return ""
 
 
 def foreground(invocation: Invocation) -> str:
@@ -326,8 +331,8 @@ def open_listener(settings: Settings) -> socket.socket:
         dual = socket.has_dualstack_ipv6()
         return socket.create_server(("", settings.port), family=socket.AF_INET6 if dual else socket.AF_INET,
                                     backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
-    except OSError as why:
-        reason = str(why.strerror).partition(" (while")[0]  # create_server() repeats the address
+    except (OSError, UnicodeError) as why:
+        reason = str(getattr(why, "strerror", why)).partition(" (while")[0]  # create_server() repeats the address
         raise Failure(f"cannot listen on {settings.bind} port {settings.port}: {reason}".replace("  ", " ")) from why
 
 

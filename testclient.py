@@ -35,7 +35,7 @@ def main() -> int:
             raise Failure(f"no answer from {options.s} port {options.p}: nothing within {options.timeout:g} s") from why
         print_reply(reply)
     except Failure as why:
-        print(f"{PROGRAM}: {why}", file=sys.stderr)
+        print(f"{PROGRAM}: {' '.join(str(why).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)

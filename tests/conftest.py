@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import psutil
@@ -140,6 +141,15 @@ class Service:
             return set()
         return {child.pid for child in children if alive(child.pid)}
 
+    def wait_for_new_workers(self, old: set[int]) -> set[int]:
+        """Wait until as many workers have taken the place of OLD; the new ones."""
+        def renewed() -> set[int] | None:
+            workers = self.workers()
+            return workers if len(workers) == len(old) and not workers & old else None
+
+        found: set[int] = wait_until(renewed, f"{len(old)} new workers")
+        return found
+
     def processes(self) -> set[int]:
         """Every living process that this test started and that runs the daemon."""
         found = set()
@@ -194,6 +204,54 @@ def read_all(connection: socket.socket) -> bytes:
     while piece := connection.recv(65536):
         reply += piece
     return bytes(reply)
+
+
+class Load:
+    """Clients that ask one request after the other, each from a loopback address of its own, so ports do not run out.
+
+    A client whose request fails notes why and goes on.
+    """
+
+    def __init__(self, service: Service, clients: int = 4, text: bytes = b"x", pause: float = 0.0) -> None:
+        self.service, self.text, self.pause = service, text, pause
+        self.replies: list[bytes] = []
+        self.failures: list[str] = []
+        self.done = Event()
+        self.threads = [Thread(target=self.ask_on, args=(f"127.0.{random.randint(1, 254)}.{number + 1}",))
+                        for number in range(clients)]
+
+    def ask_on(self, source: str) -> None:
+        for _ in range(100_000):
+            if self.done.is_set():
+                return
+            try:
+                with socket.create_connection(("127.0.0.1", self.service.port), DEADLINE, (source, 0)) as connection:
+                    connection.sendall(self.text)
+                    connection.shutdown(socket.SHUT_WR)
+                    reply = read_all(connection)
+                if not reply.endswith(b"\n"):
+                    raise EOFError(f"no whole reply: {reply!r}")
+                self.replies.append(reply)
+            except (OSError, EOFError) as why:
+                self.failures.append(str(why))
+                time.sleep(0.01)
+            if self.pause:
+                time.sleep(self.pause)
+
+    def __enter__(self) -> Load:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        for thread in self.threads:
+            thread.join()
+
+    def wait_for(self, count: int) -> None:
+        """Wait until COUNT more requests have been answered."""
+        goal = len(self.replies) + count
+        wait_until(lambda: len(self.replies) >= goal, f"{count} more replies")
 
 
 GATE = """

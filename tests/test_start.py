@@ -1,0 +1,115 @@
+"""A start tells the truth: it returns when the service answers, or says why not and leaves nothing behind."""
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DAEMON, Service, free_port, read_all
+
+
+def assert_refused(service: Service, *arguments: str | Path, why: str) -> None:
+    """A start with ARGUMENTS says in one line WHY not, and leaves neither process nor PID file."""
+    done = service.run("-p", str(service.port), *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"daemontest\.py: [^\n]+\n", done.stderr), done.stderr
+    assert re.search(why, done.stderr), done.stderr
+    assert not service.processes()
+    assert not service.pid_file.exists()
+
+
+def test_start_says_who_serves_and_returns_when_all_workers_are_there(service: Service) -> None:
+    done = service.run("-p", str(service.port), "-w", "3")
+    manager = service.manager()
+    assert len(service.workers(manager)) == 3
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"daemontest.py: {manager} started, 3 workers on port {service.port}\n"
+    assert service.pid_file.read_text() == f"{manager}\n"
+
+
+def test_the_reply_names_the_worker_that_gave_it(service: Service) -> None:
+    service.start("-w", "2")
+    assert int(service.ask("x").split()[0]) in service.workers()
+
+
+def test_second_start_is_refused_and_changes_nothing(service: Service) -> None:
+    manager = service.start("-w", "2")
+    workers, log = service.workers(), service.log
+    second = service.run("-p", str(free_port()))
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr == "daemontest.py: cannot start: already running\n"
+    assert service.manager() == manager
+    assert service.workers() == workers
+    assert service.processes() == {manager, *workers}
+    assert service.log == log
+
+
+def test_a_busy_port_is_refused_until_it_is_free(service: Service) -> None:
+    with socket.create_server(("127.0.0.1", service.port)):
+        assert_refused(service, why=f"port {service.port}: Address already in use")
+    service.start()
+
+
+@pytest.mark.parametrize("option", ["--log-file", "--pid-file"])
+@pytest.mark.parametrize(("name", "why"), [(".", "directory"), ("missing/file", "No such file or directory"),
+                                           ("plain/file", "Not a directory")])
+def test_an_unusable_file_is_refused(service: Service, option: str, name: str, why: str) -> None:
+    (service.home / "plain").touch()
+    assert_refused(service, option, name, why=f"{re.escape(str(service.home))}.*: .*{why}")
+    assert sorted(file.name for file in service.home.iterdir()) in (["plain"], ["daemontest.log", "plain"])
+
+
+def test_a_device_as_pid_file_is_refused_and_not_removed(service: Service) -> None:
+    null = service.home / "null"
+    null.symlink_to("/dev/null")  # so that a fault would remove the link, not the machine's device
+    assert_refused(service, "--pid-file", null, why=f"{null}: not a regular file")
+    assert null.is_symlink()
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("address", [
+    "192.0.2.1",  # nobody's (RFC 5737)
+    "::1%nosuch", "a..b",  # names that fail without a question to the network
+])
+def test_an_address_that_is_not_ours_is_refused(service: Service, address: str) -> None:
+    assert_refused(service, "-b", address, why=rf"cannot listen on {re.escape(address)} port {service.port}: \w")
+
+
+def test_a_start_that_cannot_say_that_it_succeeded_leaves_nothing_behind(service: Service) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(DAEMON), "-p", str(service.port)], env=service.env, timeout=50,
+                              stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "daemontest.py: cannot write to standard output: No space left on device\n"
+    assert not service.processes()
+    assert not service.pid_file.exists()
+
+
+def answers(service: Service, host: str) -> bool:
+    try:
+        return service.ask("x", host).endswith(" your text size: 1\n")
+    except ConnectionRefusedError:
+        return False
+
+
+@pytest.mark.parametrize(("bind", "answering"), [
+    ((), ["127.0.0.1", "127.0.0.2", "::1"]),
+    (("-b", "127.0.0.1"), ["127.0.0.1"]),
+    (("--bind", "::1"), ["::1"]),
+])
+def test_it_listens_where_it_is_told_and_nowhere_else(service: Service, bind: tuple[str, ...],
+                                                      answering: list[str]) -> None:
+    service.start(*bind)
+    assert [host for host in ("127.0.0.1", "127.0.0.2", "::1") if answers(service, host)] == answering
+
+
+def test_start_after_stop_finds_the_port_free_at_once_and_adds_to_the_log(service: Service) -> None:
+    service.start()
+    with service.connect() as client:
+        client.sendall(b"x\n")  # keeps its side open, so the server closes first, and TCP remembers that on its port
+        assert read_all(client)
+    service.stop()
+    service.start()
+    assert len(service.records("Daemon Server Started.")) == 2
