@@ -288,7 +288,7 @@ def background(invocation: Invocation) -> str:
     os.waitpid(child, 0)
     if not outcome.startswith("+"):
         manager.pid_file.release()
-        raise Failure(outcome or "cannot start: the manager died")
+        sys.exit(f"{PROGRAM}: {outcome or 'cannot start: the manager died'}")
     try:
         os.write(1, f"{PROGRAM}: {outcome[1:]}\n".encode())
     except OSError:
@@ -476,8 +476,8 @@ class Child:
 
     def due(self, handler_timeout: float) -> tuple[float, str]:
         """When it is to be killed, as far as can be told now, and what for."""
-        busy_until = self.busy_since[0] + handler_timeout if self.busy_since[0] else math.inf
-        return min((busy_until, f"handler ran longer than {handler_timeout:g} s"),
+        since = self.busy_since[0]  # read once: the worker writes to it meanwhile
+        return min((since + handler_timeout if since else math.inf, f"handler ran longer than {handler_timeout:g} s"),
                    (self.leave_by, "not done within the grace"))
 
 
