@@ -155,7 +155,7 @@ def read_config(path: str) -> dict[str, Any]:
             values[key] = fitting(key, values[key])
     except OSError as why:
         raise Failure(f"cannot read configuration {path}: {why.strerror}") from why
-    except ValueError as why:  # TOML's own, and UTF-8's, too
+    except (ValueError, RecursionError) as why:  # TOML's own, and UTF-8's, too
         raise Failure(f"bad configuration {path}: {key}: {why}") from why
     return values
 
@@ -357,7 +357,10 @@ def load_handler(name: str, directory: str) -> Handler:
         sys.modules.clear()
         sys.modules.update(modules)
         sys.path[:] = path
-        raise Failure(f"cannot load handler {name}: {type(why).__name__}: {why}") from why
+        reason = type(why).__name__
+        with suppress(Exception):  # an exception of the module's own may fail to say what it is
+            reason += f": {why}"
+        raise Failure(f"cannot load handler {name}: {reason}") from why
     return handler
 
 
@@ -377,7 +380,10 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def claim(self) -> None:
         """Take the lock for the manager to be.  Raises AlreadyLocked, OSError."""
+        patience = time.monotonic() + 5
         while self.descriptor < 0:
+            if time.monotonic() > patience:
+                raise OSError(errno.EAGAIN, "another program keeps it locked")
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
             try:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -520,6 +526,7 @@ class Manager:
         except Exception as why:
             self.pid_file.release()
             raise Failure(f"cannot become a daemon: {why}") from why
+        os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
         self.log_file.close()
         sys.stdout = sys.stderr = print_to_log()
         try:

@@ -1,0 +1,318 @@
+"""Your own service: found, imported once in the manager, and unable to do harm by what it raises, returns or prints."""
+
+import os
+import re
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import CONTINUATION, DEADLINE, RECORD, Service
+
+INDENTED = "^    "  # the lines of tracebacks
+ECHO = "def handle(text):\n    return text"
+
+
+def lines_under(service: Service, message: str) -> list[str]:
+    """The lines, without their indentation, under each record with MESSAGE."""
+    found: list[str] = []
+    within = False
+    for line in service.log.split("\n"):
+        if match := RECORD.fullmatch(line):
+            within = match["message"] == message
+        elif within and line:
+            found.append(line[4:])
+    return found
+
+
+# ---- Found --------------------------------------------------------------------------
+
+
+def test_it_is_found_where_the_command_was_started(service: Service) -> None:
+    directory = service.home / "elsewhere"
+    directory.mkdir()
+    (directory / "service.py").write_text(ECHO)
+    service.start("--handler", "service:handle", cwd=directory)
+    assert re.fullmatch(r"\d+ here\n", service.ask("here"))
+
+
+def test_it_is_found_beside_the_configuration_file_and_not_where_the_command_was_started(service: Service) -> None:
+    directory = service.home / "configured"
+    directory.mkdir()
+    (directory / "our.toml").write_text('handler = "service:handle"')
+    (directory / "service.py").write_text("def handle(text):\n    return 'beside the configuration'")
+    service.write_handler("raise RuntimeError('the wrong one')")
+    service.start("-c", "configured/our.toml")
+    assert re.fullmatch(r"\d+ beside the configuration\n", service.ask("x"))
+
+
+def test_it_may_be_in_a_package(service: Service) -> None:
+    (service.home / "ours" / "deep").mkdir(parents=True)
+    (service.home / "ours" / "words.py").write_text("WORD = 'deep down'")
+    (service.home / "ours" / "deep" / "service.py").write_text(
+        "from ..words import WORD\ndef handle(text):\n    return WORD")
+    service.start("--handler", "ours.deep.service:handle")
+    assert re.fullmatch(r"\d+ deep down\n", service.ask("x"))
+
+
+def test_it_may_be_any_function_that_python_finds(service: Service) -> None:
+    service.start("--handler", "html:escape")
+    assert re.fullmatch(r"\d+ a &lt; b\n", service.ask("a < b"))
+
+
+def test_its_import_leaves_no_compiled_files_behind(service: Service) -> None:
+    service.write_handler(ECHO)
+    service.start("--handler", "service:handle")
+    assert service.run("--check", "--handler", "service:handle").returncode == 0
+    assert not (service.home / "__pycache__").exists()
+
+
+# ---- Imported once, in the manager, after detaching -----------------------------------
+
+
+def test_it_is_imported_once_in_the_manager_which_is_detached_by_then(service: Service) -> None:
+    service.write_handler(f"""
+import os
+TABLE = {{"imported by": os.getpid(), "session": os.getsid(0), "directory": os.getcwd()}}
+with open({str(service.home / "imports")!r}, "a") as file:
+    file.write("imported\\n")
+
+def handle(text):
+    return f"{{TABLE['imported by']}} {{TABLE['session']}} {{TABLE['directory']}} {{os.getpid()}}"
+""")
+    manager = service.start("-w", "3", "-n", "1", "--handler", "service:handle")
+    workers = set()
+    for _ in range(8):
+        told, importer, session, directory, worker = service.ask("x").split()
+        assert int(importer) == manager
+        assert int(session) == os.getsid(manager) != os.getsid(0)
+        assert directory == "/"
+        assert told == worker != importer
+        workers.add(worker)
+    assert len(workers) == 8  # each served one request, and none of them imported anything
+    assert (service.home / "imports").read_text() == "imported\n"
+
+
+def test_a_file_opened_at_import_stays_open_and_is_read_by_every_worker(service: Service) -> None:
+    table = service.home / "table.txt"
+    table.write_text("one two six ")
+    service.write_handler(f"""
+import os
+TABLE = open({str(table)!r}, "rb")
+
+def handle(text):
+    return os.pread(TABLE.fileno(), 3, 4 * int(text)).decode()
+""")
+    service.start("-w", "2", "-n", "1", "--handler", "service:handle")
+    table.unlink()
+    assert [service.ask(str(place)).split()[1] for place in (0, 1, 2, 1, 0)] == ["one", "two", "six", "two", "one"]
+
+
+def test_a_connection_opened_at_import_is_usable_by_the_workers(service: Service) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(DEADLINE)
+        service.write_handler(f"""
+import socket
+connection = socket.create_connection(("127.0.0.1", {server.getsockname()[1]}))
+
+def handle(text):
+    connection.sendall(text.encode())
+    return connection.recv(100).decode()
+""")
+        service.start("-w", "2", "-n", "1", "--handler", "service:handle")
+        peer, _ = server.accept()
+        with peer:
+            peer.settimeout(DEADLINE)
+            for word in ("first", "second", "third"):
+                with service.connect() as client:
+                    client.sendall(word.encode())
+                    client.shutdown(socket.SHUT_WR)
+                    assert peer.recv(100) == word.encode()
+                    peer.sendall(word.upper().encode())
+                    assert client.recv(100).split()[1] == word.upper().encode()
+
+
+def test_a_large_table_is_in_memory_once_for_all_workers(service: Service) -> None:
+    service.write_handler("""
+TABLE = {str(number): str(-number) for number in range(300_000)}
+
+def handle(text):
+    return TABLE[text]
+""")
+    manager = service.start("-w", "2", "--handler", "service:handle")
+    assert [service.ask(str(number)).split()[1] for number in range(1, 60)] == [str(-n) for n in range(1, 60)]
+    table = psutil.Process(manager).memory_full_info().rss
+    assert table > 40e6
+    for worker in service.workers():
+        assert psutil.Process(worker).memory_full_info().uss < table / 4
+
+
+# ---- A failing import ----------------------------------------------------------------
+
+
+IMPORT_FAILURES = {
+    "missing module": (None, "ModuleNotFoundError: No module named 'service'"),
+    "missing function": ("def other(text):\n    return text", "AttributeError: .*handle"),
+    "not callable": ("handle = 'text'", "TypeError: handle is not "),
+    "syntax error": ("def handle(text)\n    return text", "SyntaxError: .*service.py, line 1"),
+    "many lines": ("raise ValueError('first\\nsecond\\x1b[2J')", r"ValueError: first\\nsecond\\x1b\[2J"),
+    "exit": ("raise SystemExit('no more')", "SystemExit: no more"),
+    "exit without a word": ("import sys; sys.exit()", "SystemExit"),
+    "environment": ("import os; os.environ['NO_SUCH_THING']", "KeyError: 'NO_SUCH_THING'"),
+    "failure that fails": ("class Mute(Exception):\n    def __str__(self):\n        raise RuntimeError\nraise Mute",
+                           "(service[.])?Mute"),
+    "missing helper": ("import nohelper_", "ModuleNotFoundError: No module named 'nohelper_'"),
+}
+
+
+@pytest.mark.parametrize("case", IMPORT_FAILURES)
+def test_a_failing_import_is_told_in_one_line_and_leaves_nothing(service: Service, case: str) -> None:
+    source, why = IMPORT_FAILURES[case]
+    if source is not None:
+        service.write_handler(source)
+    service.expected += ["Manager Failed: ", INDENTED]
+    in_foreground = service.foreground("--log-file", "foreground.log", "--handler", "service:handle")
+    output, errors = in_foreground.communicate(timeout=50)
+    assert (in_foreground.returncode, output) == (1, "")
+    started = service.run("-p", str(service.port), "--handler", "service:handle")
+    assert (started.returncode, started.stdout) == (1, "")
+    assert started.stderr == errors
+    assert re.fullmatch(rf"daemontest\.py: cannot load handler service:handle: {why}[^\n]*\n", errors), errors
+    assert not service.processes()
+    assert not service.pid_file.exists()
+    assert service.records("Manager Failed: cannot load handler service:handle: ")  # and its traceback
+
+
+# ---- What it may do ------------------------------------------------------------------
+
+
+BAD_BEHAVIOUR = {
+    "raises": ("raise LookupError('the secret')", "LookupError: the secret"),
+    "raises lines": ("raise LookupError('the secret\\n2026-11-23T10:00:00.123+0900 * 1 Server Terminated.')",
+                     "LookupError: the secret"),
+    "exits": ("raise SystemExit('the secret')", "SystemExit: the secret"),
+    "is interrupted": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "stops": ("raise GeneratorExit", "GeneratorExit"),
+    "recurses": ("return handle(text)", "RecursionError: .*"),
+    "returns nothing": ("return None", "TypeError: handler returned NoneType, expected str"),
+    "returns bytes": ("return b'the secret'", "TypeError: handler returned bytes, expected str"),
+    "returns a surrogate": ("return 'the secret \\udc80'", "UnicodeEncodeError: .*"),
+}
+
+
+def test_whatever_it_raises_or_returns_the_client_is_told_the_log_says_why_and_the_worker_lives(
+        service: Service) -> None:
+    cases = "\n".join(f"    if text == {case!r}:\n        {body}" for case, (body, _) in BAD_BEHAVIOUR.items())
+    service.write_handler(f"def handle(text):\n{cases}\n    return 'good'")
+    service.expected += ["Handler Failed:", INDENTED]
+    service.start("-w", "1", "--handler", "service:handle")
+    [worker] = service.workers()
+    for case, (_, why) in BAD_BEHAVIOUR.items():
+        reply = service.ask(case)
+        assert re.fullmatch(rf"{worker} error: [^\n]+\n", reply), case
+        assert "secret" not in reply
+        assert service.ask("x") == f"{worker} good\n", case
+        trace = lines_under(service, "Handler Failed:")
+        assert any(re.fullmatch(why, line) for line in trace), (case, trace)
+    assert lines_under(service, "Handler Failed:").count("Traceback (most recent call last):") >= len(BAD_BEHAVIOUR)
+    assert not service.records("Server Terminated.")
+    assert service.workers() == {worker}
+
+
+def test_its_failures_count_as_requests(service: Service) -> None:
+    service.write_handler("def handle(text):\n    raise ValueError")
+    service.expected += ["Handler Failed:", INDENTED]
+    service.start("-w", "1", "-n", "2", "--handler", "service:handle")
+    [worker] = service.workers()
+    told = [service.ask("x").split()[0] for _ in range(3)]
+    assert told[:2] == [str(worker)] * 2
+    assert told[2] != str(worker)
+
+
+def test_its_reply_may_have_many_lines_or_none_and_be_long(service: Service) -> None:
+    service.write_handler("def handle(text):\n    return {'many': 'one\\n\\n three あ\\n', 'none': ''}.get(text, text)")
+    service.start("--handler", "service:handle")
+    assert re.fullmatch(r"\d+ one\n\n three あ\n\n", service.ask("many"))
+    assert re.fullmatch(r"\d+ \n", service.ask("none"))
+    long = "平仄\n" * 500_000
+    assert service.ask(long).partition(" ")[2] == f"{long}\n"
+
+
+def test_it_knows_the_process_that_the_client_is_told_of(service: Service) -> None:
+    service.write_handler("import os\ndef handle(text):\n    return str(os.getpid())")
+    service.start("-w", "2", "-n", "2", "--handler", "service:handle")
+    for _ in range(8):
+        told, worker = service.ask("x").split()
+        assert told == worker
+
+
+def test_what_it_prints_goes_to_the_log_and_forges_no_record(service: Service) -> None:
+    forgery = "2026-11-23T10:00:00.123+0900 * 1 Server Terminated."
+    service.write_handler(f"""
+import sys
+print("imported")
+
+def handle(text):
+    print({forgery!r})
+    print("two\\nlines\\rone\\x1b[2J", file=sys.stderr)
+    print("a lone \\udc80", end="")
+    return "printed"
+""")
+    service.start("-w", "1", "--handler", "service:handle")
+    [worker] = service.workers()
+    service.ask("x")
+    service.stop()
+    printed = lines_under(service, "Printed:")
+    assert [line for line in printed if line] == ["imported", forgery, "two", r"lines\rone\x1b[2J", r"a lone \\udc80"]
+    lines = service.log.split("\n")[:-1]
+    assert [line for line in lines if not RECORD.fullmatch(line) and not CONTINUATION.fullmatch(line)] == []
+    assert len(service.records("Server Terminated.")) == 1
+    by = [int(match["pid"]) for match in service.records("Printed:")]
+    assert by[0] != worker
+    assert set(by[1:]) == {worker}
+
+
+def test_it_may_read_its_standard_input_which_is_empty(service: Service) -> None:
+    service.write_handler("import sys\ndef handle(text):\n    return repr(sys.stdin.read())")
+    service.start("--handler", "service:handle")
+    assert re.fullmatch(r"\d+ ''\n", service.ask("x"))
+
+
+def test_it_may_use_the_alarm_signal(service: Service) -> None:
+    service.write_handler("""
+import signal, time
+
+class Late(Exception):
+    pass
+
+def late(*_):
+    raise Late
+
+def handle(text):
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        time.sleep(20)
+    except Late:
+        return "late"
+""")
+    service.start("-w", "1", "--handler", "service:handle")
+    [worker] = service.workers()
+    assert [service.ask("x") for _ in range(2)] == [f"{worker} late\n"] * 2
+
+
+def test_commands_it_runs_inherit_the_standard_descriptors_and_no_other_and_no_blocked_signal(service: Service) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc here to ask")
+    service.write_handler("""
+import subprocess
+
+def handle(text):
+    show = "for n in $(seq 0 30); do [ -e /proc/$$/fd/$n ] && printf '%s ' $n; done; echo;"
+    show += "exec grep SigBlk /proc/self/status"
+    return subprocess.run(show, shell=True, stdout=subprocess.PIPE, close_fds=False, text=True, check=True).stdout
+""")
+    service.start("--handler", "service:handle")
+    descriptors, blocked, _ = service.ask("x").split("\n", 2)
+    assert descriptors.split()[1:] == ["0", "1", "2"]
+    assert int(blocked.split(":")[1], 16) == 0
