@@ -367,6 +367,9 @@ def load_handler(name: str, directory: str) -> Handler:
 # ---- PID file -----------------------------------------------------------------------
 
 
+PATIENCE = 4.0  # s with a lock that neither a manager nor somebody who only asks would hold for so long
+
+
 class PidFile(PIDLockFile):  # type: ignore[misc]
     """A PID file whose truth is a flock(2) that the manager holds exclusively, for life.
 
@@ -380,7 +383,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def claim(self) -> None:
         """Take the lock for the manager to be.  Raises AlreadyLocked, OSError."""
-        patience = time.monotonic() + 5
+        patience = time.monotonic() + PATIENCE
         while self.descriptor < 0:
             if time.monotonic() > patience:
                 raise OSError(errno.EAGAIN, "another program keeps it locked")
@@ -397,6 +400,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             finally:
                 if self.descriptor != descriptor:
                     os.close(descriptor)
+                    time.sleep(0.001)
 
     def acquire(self, timeout: float | None = None) -> None:
         """Write this process's PID under the lock, which may have been claimed before a fork."""
@@ -429,9 +433,13 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         except OSError as why:
             raise Failure(f"cannot read PID file {self.path}: {why.strerror}") from why
         try:
+            patience = time.monotonic() + PATIENCE
             while not flocked(descriptor, fcntl.LOCK_SH):
-                if pid := os.pread(descriptor, 20, 0):
-                    return int(pid)
+                content = os.pread(descriptor, 20, 0)
+                if re.fullmatch(rb"[1-9]\d*\n", content):
+                    return int(content)
+                if time.monotonic() > patience:
+                    raise Failure(f"cannot read PID file {self.path}: another program keeps it locked")
                 time.sleep(0.01)
             return None
         finally:
@@ -528,7 +536,7 @@ class Manager:
             raise Failure(f"cannot become a daemon: {why}") from why
         os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
         self.log_file.close()
-        sys.stdout = sys.stderr = print_to_log()
+        self.printed = sys.stdout = sys.stderr = Printed()
         try:
             self.start(report)
             if detach:
@@ -662,7 +670,7 @@ class Manager:
         self.listener.setblocking(False)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
             self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
-        sys.stdout.flush()
+        self.printed.flush()
         gc.unfreeze()
         gc.collect()
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
@@ -703,7 +711,7 @@ class Worker:
 
     def __init__(self, manager: Manager, manager_pid: int, busy_since: Any) -> None:
         self.listener, self.settings, self.handler = manager.listener, manager.settings, manager.handler
-        self.lifeline, self.up = manager.lifeline, manager.up
+        self.lifeline, self.up, self.printed = manager.lifeline, manager.up, manager.printed
         self.manager_pid = manager_pid
         self.busy_since = busy_since
         self.left = self.settings.max_requests
@@ -808,6 +816,7 @@ class Worker:
 
     def handle(self, text: str) -> str:
         self.busy_since[0] = time.monotonic()
+        sys.stdout = sys.stderr = self.printed  # whatever an earlier call has made of them
         try:
             reply = self.handler(text)
             if not isinstance(reply, str):
@@ -819,7 +828,7 @@ class Worker:
             return "error: handler failed"
         finally:
             self.busy_since[0] = 0.0
-            sys.stdout.flush()
+            self.printed.flush()
 
     def send(self, connection: socket.socket, reply: bytes) -> None:
         sent = connection.send(reply, socket.MSG_DONTWAIT)  # nearly always all of it
@@ -914,8 +923,8 @@ def traced(message: str, why: BaseException) -> str:
     return record("*", message) + indented("".join(traceback.format_exception(why)))
 
 
-class Printed(io.RawIOBase):
-    """What a handler prints, as records of the log."""
+class Records(io.RawIOBase):
+    """Where what a handler prints becomes records of the log."""
 
     def writable(self) -> bool:
         return True
@@ -928,8 +937,14 @@ class Printed(io.RawIOBase):
         return len(data)
 
 
-def print_to_log() -> io.TextIOWrapper:
-    return io.TextIOWrapper(Printed(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+class Printed(io.TextIOWrapper):
+    """Standard output and error of handlers, line by line; not theirs to close."""
+
+    def __init__(self) -> None:
+        super().__init__(Records(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.flush()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ DAEMON = ROOT / "daemontest.py"
 CLIENT = ROOT / "testclient.py"
 POEM = ROOT / "tests" / "data" / "poem.txt"
 DEADLINE = 20.0  # s; how long a loaded machine may take for what normally takes milliseconds
+PARALLEL = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # tests that run at the same time share no ports
 MARK = "DAEMONTEST_HARNESS"  # in the environment of every process that a test starts
 
 RECORD = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) "
@@ -45,7 +46,7 @@ def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLI
 def free_port() -> int:
     """A port nobody uses, below the range from which the kernel takes ports for outgoing connections."""
     while True:
-        port = random.randint(12000, 32000)
+        port = random.randrange(12000 + PARALLEL, 32000, 16)
         try:
             with socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True):
                 return port

@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""A benchmark: daemontest beside servers of the standard library that do the same job.
+
+    .venv/bin/python tests/bench.py [--rounds N] [--requests N] [--large N] [--server 'NAME=COMMAND']...
+
+Each server in turn is started anew, warmed up, and driven by 16 clients in processes of their own: one
+poem per connection, ended by a half-close, every reply checked.  That is repeated for some rounds, so
+that whatever else the machine does hits all alike; the table shows each column's median.
+
+CPU is the user and system time of all the service's processes per request, in microseconds, and as a
+multiple of the first row's.  Memory is their proportional set size after the load; what they share with
+the clients, such as the interpreter's code, is counted in part only.  The last column is the rate of
+texts of 1 MiB.  daemontest alone replaces its workers, after 100 requests each, and writes a log.
+
+To compare a server of your own, give a command that serves on the port named in the environment
+variable PORT, stays in the foreground, and answers `PID your text size: N` and a newline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+POEM = (ROOT / "tests" / "data" / "poem.txt").read_bytes() + b"\n"
+LARGE = POEM * (2**20 // len(POEM)) + b" " * (2**20 % len(POEM))
+CLIENTS = 16
+WARM_UP = 320  # requests
+PATIENCE = 60  # s that a server may take to start, or for its part of a round
+
+
+# ---- The servers --------------------------------------------------------------------
+
+SOCKETSERVER = """
+import os, socketserver, sys
+
+class Length(socketserver.StreamRequestHandler):
+    def handle(self):
+        text = self.rfile.read().decode()
+        self.wfile.write(f"{os.getpid()} your text size: {len(text)}\\n".encode())
+
+class Server(getattr(socketserver, sys.argv[1])):
+    allow_reuse_address = True
+    request_queue_size = 4096  # with the default of 5, clients wait for seconds
+
+Server(("", int(os.environ["PORT"])), Length).serve_forever()
+"""
+
+ASYNCIO = """
+import asyncio, os
+
+async def answer(reader, writer):
+    text = (await reader.read()).decode()
+    writer.write(f"{os.getpid()} your text size: {len(text)}\\n".encode())
+    await writer.drain()
+    writer.close()
+
+async def serve():
+    server = await asyncio.start_server(answer, "0.0.0.0", int(os.environ["PORT"]), backlog=4096)
+    await server.serve_forever()
+
+asyncio.run(serve())
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    name: str
+    command: Sequence[str]  # finds its port in the environment
+    share: float = 1.0  # of the requests of a round, lest a slow one take most of the time
+
+
+def daemontest(name: str, *arguments: str) -> Server:
+    start = 'exec "$@" --port "$PORT"'
+    return Server(name, ["sh", "-c", start, "sh", sys.executable, str(ROOT / "daemontest.py"), "--foreground",
+                         "--log-file", "~/daemontest.log", *arguments])
+
+
+SERVERS = [
+    daemontest("daemontest"),
+    daemontest("daemontest, 50 workers", "--workers", "50"),
+    Server("asyncio", [sys.executable, "-c", ASYNCIO]),
+    Server("ThreadingTCPServer", [sys.executable, "-c", SOCKETSERVER, "ThreadingTCPServer"], 0.5),
+    Server("ForkingTCPServer", [sys.executable, "-c", SOCKETSERVER, "ForkingTCPServer"], 0.1),
+]
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[tuple[int, psutil.Process]]:
+    """The server, in a HOME of its own: its port and first process.  At the end nothing of it is left."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="bench-") as home:
+        process = subprocess.Popen(server.command, cwd=home, env={**os.environ, "HOME": home, "PORT": str(port)},
+                                   stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not answers(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("does not start")
+                time.sleep(0.02)
+            yield port, psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def free_port() -> int:
+    """One below the range from which the kernel takes the clients' ports."""
+    while True:
+        port = random.randint(12000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        connection.sendall(POEM)
+        connection.shutdown(socket.SHUT_WR)
+        return bool(connection.recv(100))
+    return False
+
+
+# ---- The clients --------------------------------------------------------------------
+
+IP_BIND_ADDRESS_NO_PORT = 24  # Linux; in Python's socket module from 3.12 on
+
+all_ready: Any = None  # a barrier that the client processes share
+
+
+def share_barrier(barrier: Any) -> None:
+    global all_ready
+    all_ready = barrier
+
+
+def drive(number: int, port: int, text: bytes, requests: int) -> tuple[float, float, list[float]]:
+    """Make the requests one after the other; when the first began, the last ended, and how long each took, in s.
+
+    Each client has its own source address, or together they would run out of ports.  For the same
+    reason the kernel is to choose the port when it knows the whole connection, not before.
+    """
+    good_reply = re.compile(rb"[1-9]\d* your text size: %d\n" % len(text.decode())).fullmatch
+    source = (f"127.0.1.{number}", 0)
+    taken: list[float] = []
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(PATIENCE)
+    all_ready.wait(PATIENCE)
+    begin = time.perf_counter()
+    for _ in range(requests):
+        start = time.perf_counter()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            connection.bind(source)
+            connection.connect(("127.0.0.1", port))
+            connection.sendall(text)
+            connection.shutdown(socket.SHUT_WR)
+            reply = connection.recv(1000, socket.MSG_WAITALL)  # that is, until the server closes
+        taken.append(time.perf_counter() - start)
+        if not good_reply(reply):
+            raise ValueError(f"wrong reply: {reply!r}")
+    signal.alarm(0)
+    return begin, time.perf_counter(), taken
+
+
+def give_up(*_: Any) -> None:
+    raise TimeoutError(f"no reply within {PATIENCE} s")
+
+
+def load(clients: Pool, port: int, text: bytes, requests: int) -> tuple[float, list[float]]:
+    """Drive the server by all clients at once; how long that took, and each request, in s."""
+    each = max(1, requests // CLIENTS)
+    done = clients.starmap(drive, [(number, port, text, each) for number in range(1, CLIENTS + 1)], chunksize=1)
+    begins, ends, taken = zip(*done, strict=True)
+    return max(ends) - min(begins), list(itertools.chain(*taken))
+
+
+# ---- Measuring ----------------------------------------------------------------------
+
+COLUMNS = {"requests/s": ".0f", "CPU us": ".1f", "CPU x": ".2f", "p50 ms": ".2f", "p99 ms": ".2f", "slowest ms": ".1f",
+           "memory MiB": ".1f", "1 MiB texts MiB/s": ".0f"}
+
+
+def measure(clients: Pool, server: Server, requests: int, large: int) -> dict[str, float]:
+    """One server's part of a round: the columns of its row."""
+    with running(server) as (port, process):
+        load(clients, port, POEM, WARM_UP)
+        before = cpu_time(at_rest(process))
+        seconds, taken = load(clients, port, POEM, round(requests * server.share))
+        service = at_rest(process)
+        row = {"requests/s": len(taken) / seconds, "CPU us": (cpu_time(service) - before) / len(taken) * 1e6,
+               "p50 ms": statistics.median(taken) * 1e3, "p99 ms": statistics.quantiles(taken, n=100)[-1] * 1e3,
+               "slowest ms": max(taken) * 1e3, "memory MiB": sum(p.memory_full_info().pss for p in service) / 2**20}
+        if large:
+            seconds, taken = load(clients, port, LARGE, large)
+            row["1 MiB texts MiB/s"] = len(taken) / seconds
+        return row
+
+
+def at_rest(manager: psutil.Process) -> list[psutil.Process]:
+    """All of the service's processes, once those that have ended are reaped and their successors are up."""
+    while True:
+        time.sleep(0.2)
+        service = [manager, *manager.children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.STATUS_ZOMBIE not in [process.status() for process in service]:
+                return service
+
+
+def cpu_time(service: list[psutil.Process]) -> float:
+    """Seconds that the processes have used, and those of their children that they have reaped.
+
+    /proc/PID/stat counts in steps of 10 ms, too coarse to be summed over 50 workers; a process's own clock
+    (clock_getcpuclockid(3), of which this is the number on Linux) is exact.  For what has been reaped there
+    is only /proc/PID/stat, but the kernel itself adds that up exactly: it is rounded once, not per child.
+    """
+    total = 0.0
+    for process in service:
+        reaped = process.cpu_times()
+        total += time.clock_gettime(~process.pid << 3 | 2) + reaped.children_user + reaped.children_system
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of which the median counts (default: 5)")
+    parser.add_argument("--requests", type=int, default=8000, metavar="N",
+                        help="for each server in each round; for the slowest a part of it (default: 8000)")
+    parser.add_argument("--large", type=int, default=160, metavar="N", help="texts of 1 MiB (default: 160; 0: none)")
+    parser.add_argument("--server", action="append", default=[], metavar="NAME=COMMAND",
+                        help="one more server to compare with; may be repeated")
+    parser.add_argument("--only", default="", metavar="REGEX", help="measure only the servers whose name this matches")
+    options = parser.parse_args()
+    own = [Server(name, shlex.split(command)) for name, _, command in (o.partition("=") for o in options.server)]
+    servers = [server for server in SERVERS + own if re.match(options.only, server.name)]
+    rows: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
+
+    context = multiprocessing.get_context("fork")
+    with context.Pool(CLIENTS, share_barrier, (context.Barrier(CLIENTS),)) as clients:
+        for _ in range(options.rounds):
+            for server in servers:
+                try:
+                    row = measure(clients, server, options.requests, options.large)
+                except (OSError, ValueError, RuntimeError, psutil.Error) as why:
+                    sys.exit(f"bench.py: {server.name}: {why}")
+                rows[server.name].append(row)
+                row["CPU x"] = row["CPU us"] / rows[servers[0].name][-1]["CPU us"]
+
+    width = max(map(len, rows))
+    print(" " * width, *COLUMNS, sep="  ")
+    for name, row_of_rounds in rows.items():
+        cells = []
+        for column, form in COLUMNS.items():
+            values = [row[column] for row in row_of_rounds if column in row]
+            cells.append(f"{statistics.median(values) if values else math.nan:{len(column)}{form}}")
+        print(f"{name:{width}}", *cells, sep="  ")
+
+
+if __name__ == "__main__":
+    main()

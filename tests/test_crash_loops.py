@@ -1,0 +1,199 @@
+"""A service whose workers die does not spin, can be stopped, and recovers when it can."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Load, Service, wait_until
+
+DEADLY = """
+import os, signal
+
+def handle(text):
+    match text:
+        case "kill": os.kill(os.getpid(), signal.SIGKILL)
+        case "segv": os.kill(os.getpid(), signal.SIGSEGV)
+        case "exit": os._exit(3)
+    return text
+"""
+
+DIES_AT_BIRTH = """
+import os
+
+def die():
+    if os.path.exists("{HOME}/die"):
+        os._exit(7)
+
+os.register_at_fork(after_in_child=die)
+
+def handle(text):
+    return text
+"""
+
+
+def assert_stops(service: Service) -> None:
+    began = time.monotonic()
+    stopped = service.stop()
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert time.monotonic() - began < 10
+    assert not service.processes()
+
+
+def test_workers_that_die_at_each_request_are_forked_at_a_bounded_rate(service: Service) -> None:
+    service.expected.append("Child Process Died")
+    service.write_handler(DEADLY)
+    service.start("-w", "3", "--handler", "service:handle")
+    began = time.monotonic()
+    with Load(service, 2, b"kill") as first, Load(service, 2, b"segv") as second, Load(service, 2, b"exit") as third:
+        service.wait_for_records("Child Process Died", 9)  # each place filled, died and filled again twice
+        assert time.monotonic() - began > 1.5
+        assert len(service.records("Child Process Started.")) <= 3 * (time.monotonic() - began + 2)
+        assert_stops(service)
+        assert first.replies == second.replies == third.replies == []
+    assert {match["message"] for match in service.records("Child Process Died")} <= {
+        "Child Process Died. (SIGKILL)", "Child Process Died. (SIGSEGV)", "Child Process Died. (exit status 3)"}
+
+
+def test_the_log_names_what_a_worker_died_of_while_others_serve_and_it_is_replaced(service: Service) -> None:
+    service.expected.append("Child Process Died")
+    service.write_handler(DEADLY)
+    service.start("-w", "4", "--handler", "service:handle")
+    before = service.workers()
+    for count, (text, cause) in enumerate((("kill", "SIGKILL"), ("segv", "SIGSEGV"), ("exit", "exit status 3")), 1):
+        try:
+            assert service.ask(text) == ""
+        except ConnectionResetError:
+            pass
+        assert service.ask("x").endswith(" x\n")
+        died = service.wait_for_records("Child Process Died", count)[-1]
+        assert died["message"] == f"Child Process Died. ({cause})"
+        assert int(died["pid"]) in before
+    wait_until(lambda: len(service.workers()) == 4, "new workers")
+    assert len(service.workers() & before) == 1
+
+
+def test_workers_that_die_at_birth_are_forked_at_a_bounded_rate(service: Service) -> None:
+    service.expected.append("Child Process Died")
+    service.write_handler(DIES_AT_BIRTH.replace("{HOME}", str(service.home)))
+    manager = service.start("-w", "3", "--handler", "service:handle")
+    (service.home / "die").touch()
+    began = time.monotonic()
+    os.kill(manager, signal.SIGHUP)
+    service.wait_for_records(r"Child Process Died\. \(exit status 7\)", 6)
+    elapsed = time.monotonic() - began
+    assert len(service.records("Child Process Died")) <= 3 * (elapsed + 2)
+    (service.home / "die").unlink()
+    wait_until(lambda: len(service.workers()) == 3, "workers that live")
+    assert service.ask("x").endswith(" x\n")
+    assert_stops(service)
+
+
+def test_a_start_whose_workers_die_at_birth_fails_and_leaves_nothing(service: Service) -> None:
+    service.expected += ["cannot start: a worker died", "Child Process Died", "Traceback"]
+    service.write_handler(DIES_AT_BIRTH.replace("{HOME}", str(service.home)))
+    (service.home / "die").touch()
+    done = service.run("-p", str(service.port), "--handler", "service:handle")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("daemontest.py: ")
+    assert done.stderr.count("\n") == 1
+    assert not service.processes()
+    assert not service.pid_file.exists()
+
+
+def test_workers_that_end_after_their_requests_are_replaced_at_once(service: Service) -> None:
+    service.start("-w", "1", "-n", "1")
+    began = time.monotonic()
+    workers = {service.ask("x").split()[0] for _ in range(30)}
+    assert len(workers) == 30
+    assert time.monotonic() - began < 15  # the delay after a death would make it 29 s
+
+
+# ---- fork() that fails ---------------------------------------------------------------
+
+PIDS = Path("/sys/fs/cgroup/pids")
+
+
+@pytest.fixture
+def limit(service: Service) -> Iterator[Callable[..., None]]:
+    """Sets how many processes there may be in a control group, and puts the manager, or PID, into it."""
+    group = PIDS / f"daemontest-{service.mark}"
+    try:
+        group.mkdir()
+        assert (group / "pids.max").exists()
+    except (OSError, AssertionError):
+        pytest.skip("needs root and the pids controller of cgroup v1")
+
+    def set_limit(value: str, pid: int | None = None) -> None:
+        (group / "pids.max").write_text(value)
+        (group / "cgroup.procs").write_text(str(pid or service.manager()))
+
+    yield set_limit
+    (group / "pids.max").write_text("max")
+    if service.pid_file.exists():
+        service.stop()
+    for pid in (group / "cgroup.procs").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    wait_until(lambda: not (group / "cgroup.procs").read_text(), "the control group to be empty")
+    group.rmdir()
+
+
+FAILURE = "cannot fork a worker: Resource temporarily unavailable"
+
+
+def test_a_fork_that_fails_is_logged_and_tried_again(service: Service, limit: Callable[..., None]) -> None:
+    manager = service.start("-w", "2")
+    limit("1")
+    staying, leaving = service.workers()
+    os.kill(leaving, signal.SIGTERM)
+    service.wait_for_records(FAILURE, 2)
+    first, second = service.records(FAILURE)[:2]
+    assert first["pid"] == second["pid"] == str(manager)
+    assert service.workers() == {staying}
+    assert int(service.ask("x").split()[0]) == staying
+    limit("max")
+    wait_until(lambda: len(service.workers()) == 2, "the missing worker")
+    assert staying in service.workers()
+    assert service.manager() == manager
+    assert len(service.records(FAILURE)) <= 6
+    assert_stops(service)
+
+
+def test_forks_that_fail_at_a_reload_leave_no_place_empty_for_ever(
+        service: Service, limit: Callable[..., None]) -> None:
+    manager = service.start("-w", "3")
+    old = service.workers()
+    limit("2")  # room for one new worker
+    os.kill(manager, signal.SIGHUP)
+    service.wait_for_records(FAILURE)
+    assert service.ask("x").endswith(" your text size: 1\n")
+    limit("max")
+    wait_until(lambda: len(service.workers()) == 3 and not service.workers() & old, "new workers")
+
+
+def test_a_service_that_cannot_fork_stops_on_request(service: Service, limit: Callable[..., None]) -> None:
+    manager = service.start("-w", "2")
+    limit("1")
+    os.kill(manager, signal.SIGHUP)
+    service.wait_for_records(FAILURE)
+    assert_stops(service)
+
+
+def test_a_start_that_cannot_fork_says_so_and_leaves_nothing(service: Service, limit: Callable[..., None]) -> None:
+    service.expected += ["Manager Failed: cannot fork", "Traceback", "Error"]
+    refused = 0
+    for most in range(1, 6):
+        done = service.run("-p", str(service.port), "-w", "3",
+                           preexec_fn=lambda: limit(str(most), os.getpid()))  # noqa: B023
+        if done.returncode == 0:
+            assert service.stop().returncode == 0
+        else:
+            refused += 1
+            assert (done.returncode, done.stdout) == (1, "")
+            assert re.fullmatch(r"daemontest\.py: cannot [^\n]+: [^\n]*Resource temporarily unavailable\n", done.stderr)
+        wait_until(lambda: not service.processes(), "all processes to go", 1)
+        assert not service.pid_file.exists()
+    assert refused >= 3

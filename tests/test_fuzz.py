@@ -1,0 +1,112 @@
+"""Any bytes, in any segmentation, with or without half-close: the right length or the right refusal, always."""
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import pytest
+from conftest import Service, read_all, serving
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+MAX_TEXT = 4000  # bytes
+OPEN_SIDE = 2000  # bytes; beyond, only a half-close ends a text
+TIMEOUT = 1.5
+LONGEST_PAUSE = 0.08  # s; a client silent for longer after a newline may be taken to have ended its text
+LONGEST = 0.3  # s; beyond, what is left of the timeout is less than the silence that ends other texts
+
+BOUNDED = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+PIECES = st.one_of(st.binary(max_size=300), st.text(max_size=300).map(str.encode),
+                   st.text("あ😀é\n\r\\\0 x", max_size=50).map(str.encode),
+                   st.sampled_from([b"\n", b"\0", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
+                                    b"\xe3\x81"]))
+TEXTS = st.one_of(
+    PIECES, st.lists(PIECES, max_size=8).map(b"".join),
+    # around the limits
+    st.builds(lambda piece, size, end: (piece * size)[:size] + end, PIECES.filter(len),
+              st.one_of(st.integers(OPEN_SIDE - 3, OPEN_SIDE + 3), st.integers(MAX_TEXT - 3, MAX_TEXT + 3),
+                        st.integers(0, 3 * MAX_TEXT)), PIECES))
+SEGMENTED = st.builds(lambda text, cuts: [text[begin:end] for begin, end in pairwise([0, *cuts, 4 * MAX_TEXT])],
+                      TEXTS, st.lists(st.integers(0, 3 * MAX_TEXT), max_size=6).map(sorted))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("fuzz") / "home") as service:
+        service.start("-w", "16", "-n", "1000000000", "--timeout", str(TIMEOUT), "--max-text", str(MAX_TEXT))
+        yield service
+
+
+def right_answer(text: bytes, half_closed: bool) -> str:
+    if len(text) > MAX_TEXT:
+        return f"error: text longer than {MAX_TEXT} bytes\n"
+    if not half_closed and len(text) > OPEN_SIDE:
+        return f"error: text not ended within {TIMEOUT:g} s\n"
+    try:
+        return f"your text size: {len(text.decode())}\n"
+    except UnicodeDecodeError as why:
+        return f"error: text is not UTF-8 at byte offset {why.start}\n"
+
+
+def answer(service: Service, segments: list[bytes], half_close: bool) -> tuple[int, str] | None:
+    """The PID and the answer; None if this process was held up so long that the text may have been taken for ended."""
+    with service.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        longest = 0.0
+        began = last = time.monotonic()
+        try:
+            for segment in segments:
+                connection.sendall(segment)
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        finally:
+            reply = read_all(connection).decode()
+    pid, _, rest = reply.partition(" ")
+    return (int(pid), rest) if longest < LONGEST_PAUSE and last - began < LONGEST else None
+
+
+def test_a_text_that_is_half_closed(running: Service) -> None:
+    workers = running.workers()
+    held_up = []
+
+    @settings(max_examples=300, **BOUNDED)
+    @given(SEGMENTED)
+    def try_it(segments: list[bytes]) -> None:
+        found = answer(running, segments, half_close=True)
+        if found is None:
+            held_up.append(segments)
+            return
+        pid, reply = found
+        assert pid in workers
+        assert reply == right_answer(b"".join(segments), half_closed=True)
+
+    try_it()
+    assert len(held_up) < 100
+    assert running.workers() == workers
+
+
+def test_a_text_that_is_not_half_closed(running: Service) -> None:
+    workers = running.workers()
+    held_up = []
+
+    @settings(max_examples=3, **BOUNDED)
+    @given(st.lists(SEGMENTED.filter(b"".join), min_size=16, max_size=16))
+    def try_it(texts: list[list[bytes]]) -> None:
+        with ThreadPoolExecutor(16) as pool:  # since each takes a second or more
+            answers = pool.map(lambda text: answer(running, text, half_close=False), texts)
+            for segments, found in zip(texts, answers, strict=True):
+                if found is None:
+                    held_up.append(segments)
+                    continue
+                pid, reply = found
+                assert pid in workers
+                assert reply == right_answer(b"".join(segments), half_closed=False)
+
+    try_it()
+    assert len(held_up) < 10
+    assert running.workers() == workers

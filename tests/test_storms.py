@@ -1,0 +1,76 @@
+"""Storms of signals: whoever connects is served, and afterwards the service is as before."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+from conftest import Load, Service, wait_until
+
+WORKERS = 5
+
+
+def children(pid: int) -> set[int]:
+    """The living and the not yet reaped children of PID; quick, so that many samples can be taken."""
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def tell_one_to_leave(workers: set[int], signum: signal.Signals = signal.SIGTERM) -> int:
+    """Send SIGNUM to one of WORKERS, unless it has just gone; how many signals were sent."""
+    if workers:
+        try:
+            os.kill(random.choice(sorted(workers)), signum)
+        except ProcessLookupError:
+            return 0
+    return len(workers) and 1
+
+
+def test_100_hups_and_terms_to_workers_under_load_lose_no_request(service: Service) -> None:
+    manager = service.start("-w", str(WORKERS), "-n", "20")
+    most = terms = 0
+    with Load(service, 4) as load:
+        next_hup = time.monotonic()
+        for _ in range(100):
+            os.kill(manager, signal.SIGHUP)
+            next_hup += 0.05
+            terms += tell_one_to_leave(children(manager))
+            while True:  # the pause between two signals, used to count processes
+                most = max(most, len(children(manager)))
+                if (left := next_hup - time.monotonic()) <= 0:
+                    break
+                time.sleep(min(left, 0.005))
+        load.wait_for(200)
+    assert load.failures == []
+    assert len(load.replies) > 300
+    assert {reply.partition(b" ")[2] for reply in load.replies} == {b"your text size: 1\n"}
+    assert terms > 50
+    assert most <= 2 * WORKERS
+    wait_until(lambda: not [pid for pid in children(manager) if not is_new(service, pid)], "the last old workers to go")
+    wait_until(lambda: len(service.workers(manager)) == WORKERS, f"{WORKERS} workers")
+    assert service.processes() == {manager, *service.workers(manager)}
+    assert len(service.records("Child Process Died")) == 0
+    assert len(service.records("Caught SIGHUP")) >= 20
+
+
+def is_new(service: Service, pid: int) -> bool:
+    """Whether worker PID was started after the last reload."""
+    since = service.log.rpartition("Loading configuration.")[2]
+    return f" {pid} Child Process Started." in since
+
+
+def test_a_worker_killed_loses_no_more_than_the_request_in_its_hands(service: Service) -> None:
+    service.expected.append(r"Child Process Died\. \(SIGKILL\)")
+    manager = service.start("-w", str(WORKERS), "-n", "20")
+    kills = 0
+    with Load(service, 4) as load:
+        for _ in range(10):
+            load.wait_for(20)
+            kills += tell_one_to_leave(service.workers(manager), signal.SIGKILL)
+        wait_until(lambda: len(service.workers(manager)) == WORKERS, f"{WORKERS} workers")
+        load.wait_for(100)
+    assert kills >= 5
+    assert len(load.failures) <= kills, load.failures
+    assert len(service.records("Child Process Died")) <= kills
+    assert {reply.partition(b" ")[2] for reply in load.replies} == {b"your text size: 1\n"}
+    assert not [why for why in load.failures if "refused" in why]
