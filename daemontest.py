@@ -488,11 +488,10 @@ class Child:
     leave_by: float = math.inf  # when it is killed, once it has been told to leave
     killed_for: str = ""
 
-    def due(self, handler_timeout: float) -> tuple[float, str]:
-        """When it is to be killed, as far as can be told now, and what for."""
+    def due(self, handler_timeout: float) -> float:
+        """When it is to be killed, as far as can be told now."""
         since = self.busy_since[0]  # read once: the worker writes to it meanwhile
-        return min((since + handler_timeout if since else math.inf, f"handler ran longer than {handler_timeout:g} s"),
-                   (self.leave_by, "not done within the grace"))
+        return min(self.leave_by, since + handler_timeout if since else math.inf)
 
 
 class Manager:
@@ -594,7 +593,7 @@ class Manager:
         now = time.monotonic()
         limit = self.settings.handler_timeout  # a handler that is not running yet is not overdue before that
         due = min([now + limit, *self.vacant_until,
-                   *(child.due(limit)[0] for child in self.children.values() if not child.killed_for)])
+                   *(child.due(limit) for child in self.children.values() if not child.killed_for)])
         signal.setitimer(signal.ITIMER_REAL, max(due - now, 0.001))
         signum = signal.sigwait(LOOP_SIGNALS)
         if signum == signal.SIGCHLD:
@@ -656,10 +655,11 @@ class Manager:
                 os.kill(pid, signal.SIGTERM)
 
     def kill_overdue(self) -> None:
+        now, limit = time.monotonic(), self.settings.handler_timeout
         for pid, child in self.children.items():
-            due, reason = child.due(self.settings.handler_timeout)
-            if due <= time.monotonic() and not child.killed_for:
-                child.killed_for = reason
+            if child.due(limit) <= now and not child.killed_for:
+                late = child.leave_by <= now
+                child.killed_for = "not done within the grace" if late else f"handler ran longer than {limit:g} s"
                 os.kill(pid, signal.SIGKILL)
 
     def load(self, settings: Settings) -> None:
@@ -783,34 +783,33 @@ class Worker:
             self.send(connection, f"{os.getpid()} {reply}\n".encode())
             if not half_closed:
                 self.linger(connection)
+            connection.close()  # first of all: until then the kernel holds the reply back
         except OSError as why:
             log(record("-", f"Client: {client}; Reply Not Taken: {why.strerror or why}."))
         log(record("-", "Client Query Processing Ended."))
 
-    def receive(self, connection: socket.socket) -> tuple[bytes, bool]:
+    def receive(self, connection: socket.socket) -> tuple[bytearray, bool]:
         """A whole text, and whether the client half-closed.  Raises Refused, Silent, OSError."""
-        pieces: list[bytes] = []
-        size = 0
+        text = bytearray()
         deadline = math.inf
-        while size <= self.settings.max_text:
+        while len(text) <= self.settings.max_text:
             try:
                 piece = connection.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
                 if not piece:
-                    return b"".join(pieces), True
-                pieces.append(piece)
-                size += len(piece)
+                    return text, True
+                text += piece
             except BlockingIOError:
                 now = time.monotonic()
                 deadline = min(deadline, now + self.settings.timeout)
                 silence = deadline - now
-                if 0 < size <= OPEN_SIDE_BYTES:
-                    silence = min(silence, 0.1 if pieces[-1].endswith(b"\n") else 1.0)
-                if (size or not deferred_in_vain(connection)) and readable(connection, silence):
+                if 0 < len(text) <= OPEN_SIDE_BYTES:
+                    silence = min(silence, 0.1 if text.endswith(b"\n") else 1.0)
+                if (text or not deferred_in_vain(connection)) and readable(connection, silence):
                     continue
-                if not size:
+                if not text:
                     raise Silent from None
                 if silence < deadline - now:
-                    return b"".join(pieces), False
+                    return text, False
                 raise Refused(f"text not ended within {self.settings.timeout:g} s") from None
         raise Refused(f"text longer than {self.settings.max_text} bytes")
 
@@ -831,7 +830,9 @@ class Worker:
             self.printed.flush()
 
     def send(self, connection: socket.socket, reply: bytes) -> None:
-        sent = connection.send(reply, socket.MSG_DONTWAIT)  # nearly always all of it
+        sent = 0
+        with suppress(BlockingIOError):
+            sent = connection.send(reply, socket.MSG_DONTWAIT | HOLD_BACK)  # nearly always all of it
         if sent < len(reply):
             connection.settimeout(self.settings.timeout)
             connection.sendall(memoryview(reply)[sent:])
@@ -845,6 +846,7 @@ class Worker:
 
 
 RECEIVE_BYTES = 65536
+HOLD_BACK = getattr(socket, "MSG_MORE", 0)  # for the end of the reply and that of the connection to share a packet
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
 
 
@@ -908,7 +910,8 @@ def whole_second(second: int) -> tuple[str, str]:
 
 def indented(text: str) -> str:
     """TEXT as lines that can neither be mistaken for records nor drive a terminal."""
-    return "".join(f"    {printable(line)}\n" for line in text.removesuffix("\n").split("\n")) if text else ""
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return "".join([f"    {printable(line)}\n" for line in lines])
 
 
 def printable(line: str) -> str:
