@@ -17,6 +17,7 @@ Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usa
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import errno
 import fcntl
@@ -32,17 +33,15 @@ import select
 import signal
 import socket
 import stat
-import struct
 import sys
 import time
 import tomllib
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from daemon import DaemonContext
-from lockfile import AlreadyLocked
 from lockfile.pidlockfile import PIDLockFile
 
 __version__ = "1.0.0"
@@ -59,18 +58,30 @@ class Failure(Exception):
     """What the user is to be told in one line: what failed, and why."""
 
 
-# ---- Settings -----------------------------------------------------------------------
+@contextmanager
+def failing_to(act: str) -> Iterator[None]:
+    """Makes an OSError the Failure to ACT."""
+    try:
+        yield
+    except OSError as why:
+        raise Failure(f"cannot {act}: {why.strerror}") from why
 
+
+# ---- Settings -----------------------------------------------------------------------
 
 SECONDS = (0.001, 86400)
 ANY_NAME = r"[^\0]+"
+STANDARD_ERROR = ""  # the name of the log file with -f
+STARTED_IN = "/"  # if that directory has been removed
+with suppress(FileNotFoundError):
+    STARTED_IN = os.getcwd()
 
 
 def setting(default: Any, fits: Any, metavar: str, about: str, *short: str) -> Any:
     """One setting; FITS are the limits of a number, or the pattern of a text."""
+    shown = f"{default:g}" if fits is SECONDS else str(default)
     return dataclasses.field(default=default, metadata={
-        "kind": type(default), "fits": fits, "option": short,
-        "shown": {"metavar": metavar, "help": about.replace("%", f"{default:g}" if fits is SECONDS else str(default))}})
+        "fits": fits, "short": short, "metavar": metavar, "help": about.replace("%", shown)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,22 +102,22 @@ class Settings:
     max_text: int = setting(2**24, (1, 2**40), "BYTES", "longer texts are refused (default: %)")
     pid_file: str = setting("~/daemontest.pid", ANY_NAME, "FILE", "holds the manager's process ID (default: %)")
     log_file: str = setting("~/daemontest.log", ANY_NAME, "FILE", "the log (default: %; with -f standard error)")
+    directory: str = STARTED_IN  # where the handler is searched for first; not a setting of the user's
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+FIELDS = {field.name: field for field in dataclasses.fields(Settings) if field.metadata}
 WAIT_FOR_RESTART = ("bind", "port", "pid_file")
-STANDARD_ERROR = ""  # the name of the log file with -f
 
 
 def fitting(name: str, value: Any) -> Any:
     """VALUE as setting NAME wants it.  Raises ValueError, which says what that is."""
     if name not in FIELDS:
         raise ValueError(f"unknown key, expected one of {', '.join(FIELDS)}")
-    about = FIELDS[name].metadata
-    kind, fits = about["kind"], about["fits"]
+    kind: Any = type(FIELDS[name].default)
+    fits = FIELDS[name].metadata["fits"]
     if kind is str:
         good = isinstance(value, str) and re.fullmatch(fits, value)
-        expected = f"a string, {about['shown']['metavar']}"
+        expected = f"a string, {FIELDS[name].metadata['metavar']}"
     else:
         good = type(value) in (int, kind) and fits[0] <= value <= fits[1]  # a bool is no number here
         expected = f"a {'whole number' if kind is int else 'number of seconds'} from {fits[0]} to {fits[1]}"
@@ -115,49 +126,39 @@ def fitting(name: str, value: Any) -> Any:
     return kind(value)
 
 
-@dataclasses.dataclass(frozen=True)
-class Invocation:
-    """The command line, and the directory it was given in: what a reload needs to know of the start."""
-
-    action: Callable[[Invocation], str]
-    config: str | None
-    given: dict[str, Any]
-    directory: str
-
-    def settings(self, with_file: bool = True) -> Settings:
-        """The command line over the configuration file over the defaults.  Raises Failure."""
-        config_file = self.config_file() if with_file else None
-        values = read_config(config_file) if config_file else {}
-        if self.action is foreground:
-            values.setdefault("log_file", STANDARD_ERROR)
-        settings = Settings(**values | self.given)
-        return dataclasses.replace(settings, pid_file=self.path(settings.pid_file),
-                                   log_file=settings.log_file and self.path(settings.log_file))
-
-    def config_file(self) -> str | None:
-        default = os.path.expanduser("~/daemontest.toml")
-        return self.path(self.config) if self.config else default if os.path.exists(default) else None
-
-    def handler_directory(self) -> str:
-        return os.path.dirname(self.config_file() or "") or self.directory
-
-    def path(self, name: str) -> str:
-        """NAME as seen from the directory of the start."""
-        return os.path.join(self.directory, os.path.expanduser(name))
+def absolute(path: str) -> str:
+    return os.path.join(STARTED_IN, os.path.expanduser(path))
 
 
 def read_config(path: str) -> dict[str, Any]:
     key = "expected TOML"
     try:
-        with open(path, "rb") as file:
+        with failing_to(f"read configuration {path}"), open(path, "rb") as file:
             values = tomllib.load(file)
         for key in values:
             values[key] = fitting(key, values[key])
-    except OSError as why:
-        raise Failure(f"cannot read configuration {path}: {why.strerror}") from why
     except (ValueError, RecursionError) as why:  # TOML's own, and UTF-8's, too
         raise Failure(f"bad configuration {path}: {key}: {why}") from why
     return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """The command line, which a reload needs again."""
+
+    action: Callable[[Invocation], str]
+    config: str | None
+    given: dict[str, Any]
+
+    def settings(self) -> Settings:
+        """The command line over the configuration file over the defaults.  Raises Failure."""
+        config = absolute(self.config or "~/daemontest.toml")
+        values: dict[str, Any] = {"log_file": STANDARD_ERROR} if self.action is foreground else {}
+        if self.config or os.path.exists(config):
+            values |= read_config(config) | {"directory": os.path.dirname(config)}
+        settings = Settings(**values | self.given)
+        return dataclasses.replace(settings, pid_file=absolute(settings.pid_file),
+                                   log_file=settings.log_file and absolute(settings.log_file))
 
 
 # ---- Command line -------------------------------------------------------------------
@@ -167,21 +168,24 @@ def main() -> None:
     mend_standard_streams()
     invocation = parse_command_line()
     try:
-        if outcome := invocation.action(invocation):
-            os.write(1, f"{outcome}\n".encode())
+        outcome = invocation.action(invocation)
     except Failure as why:
         sys.exit(f"{PROGRAM}: {printable(str(why))}")
-    except OSError as why:
-        sys.exit(f"{PROGRAM}: cannot write to standard output: {why.strerror}")
     except KeyboardInterrupt:
         sys.exit(f"{PROGRAM}: interrupted")
+    try:
+        os.write(1, outcome.encode())
+    except OSError as why:
+        if invocation.action is background:  # a start that cannot be told leaves nothing behind
+            with suppress(Failure):
+                terminate(invocation)
+        sys.exit(f"{PROGRAM}: cannot write to standard output: {why.strerror}")
 
 
 def mend_standard_streams() -> None:
     """Open those of descriptors 0 to 2 that the parent left closed, before other files take their places."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+    while os.open(os.devnull, os.O_RDWR) < 2:
         pass
-    os.close(descriptor)
     sys.stdin = sys.stdin or open(0, closefd=False)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
@@ -202,21 +206,17 @@ def parse_command_line() -> Invocation:
                         help="configuration (default: ~/daemontest.toml, if it exists)")
     settings = parser.add_argument_group("settings")
     for name, field in FIELDS.items():
-        settings.add_argument(*field.metadata["option"], f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
-                              **field.metadata["shown"])
+        about = field.metadata
+        settings.add_argument(*about["short"], f"--{name.replace('_', '-')}", type=type(field.default),
+                              default=argparse.SUPPRESS, metavar=about["metavar"], help=about["help"])
     given = vars(parser.parse_args())
     action, config = given.pop("action"), given.pop("config")
-    for name, argument in given.items():
-        with suppress(ValueError):  # what is no number is refused below
-            argument = FIELDS[name].metadata["kind"](argument)
+    for name, value in given.items():
         try:
-            given[name] = fitting(name, argument)
+            given[name] = fitting(name, value)
         except ValueError as why:
             parser.error(f"--{name.replace('_', '-')}: {why}")
-    try:
-        return Invocation(action, config, given, os.getcwd())
-    except OSError:  # the directory has been removed
-        return Invocation(action, config, given, "/")
+    return Invocation(action, config, given)
 
 
 def status(invocation: Invocation) -> str:
@@ -225,12 +225,12 @@ def status(invocation: Invocation) -> str:
     if pid is None:
         print(f"{PROGRAM}: not running", file=sys.stderr)
         sys.exit(3)
-    return str(pid)
+    return f"{pid}\n"
 
 
 def terminate(invocation: Invocation) -> str:
     """stop the service gracefully; return when all its processes are gone"""
-    return f"{PROGRAM} {running_service(invocation).signal_manager(signal.SIGTERM, wait=True)} Server terminated."
+    return f"{PROGRAM} {running_service(invocation).signal_manager(signal.SIGTERM, wait=True)} Server terminated.\n"
 
 
 def running_service(invocation: Invocation) -> PidFile:
@@ -238,7 +238,7 @@ def running_service(invocation: Invocation) -> PidFile:
     try:
         return PidFile(invocation.settings().pid_file)
     except Failure:
-        pid_file = PidFile(invocation.settings(with_file=False).pid_file)
+        pid_file = PidFile(dataclasses.replace(invocation, config=os.devnull).settings().pid_file)
         if pid_file.read_pid() is None:
             raise
         return pid_file
@@ -246,14 +246,14 @@ def running_service(invocation: Invocation) -> PidFile:
 
 def check(invocation: Invocation) -> str:
     """check the configuration and the handler; start nothing"""
-    load_handler(invocation.settings().handler, invocation.handler_directory())
-    return f"{PROGRAM}: configuration is good"
+    load_handler(invocation.settings())
+    return f"{PROGRAM}: configuration is good\n"
 
 
 def reload(invocation: Invocation) -> str:
     """check as --check does; if all is good, have the service use it"""
     check(invocation)
-    return f"{PROGRAM}: {PidFile(invocation.settings().pid_file).signal_manager(signal.SIGHUP)} reloads"
+    return f"{PROGRAM}: {PidFile(invocation.settings().pid_file).signal_manager(signal.SIGHUP)} reloads\n"
 
 
 # ---- Start --------------------------------------------------------------------------
@@ -264,55 +264,38 @@ LOOP_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, si
 
 def background(invocation: Invocation) -> str:
     """start detached; return when the service answers"""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     manager = Manager(invocation)
-    reading, writing = os.pipe()
-    try:
+    with failing_to("fork"):
+        reading, writing = os.pipe()
         child = os.fork()
-    except OSError as why:
-        manager.pid_file.release()
-        raise Failure(f"cannot fork: {why.strerror}") from why
     if child == 0:
         os.close(reading)
-        report = io.FileIO(writing, "wb")
         try:
-            manager.run(report, detach=True)
-        except Failure as why:
-            report.write(f"{printable(str(why))}\n".encode())
+            manager.run(io.FileIO(writing, "wb"), detach=True)
         finally:
             os._exit(0)
     os.close(writing)
+    atexit.unregister(manager.pid_file.release)  # it is the child's now
     # From here Ctrl-C gives up: the manager then finds the pipe broken, and ends.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
-    with open(reading) as outcomes:
-        outcome = outcomes.readline().rstrip("\n")
+    with open(reading) as reports:
+        report = reports.readline()
     os.waitpid(child, 0)
-    if not outcome.startswith("+"):
+    if not report.startswith("+"):
         manager.pid_file.release()
-        sys.exit(f"{PROGRAM}: {outcome or 'cannot start: the manager died'}")
-    try:
-        os.write(1, f"{PROGRAM}: {outcome[1:]}\n".encode())
-    except OSError:
-        manager.pid_file.signal_manager(signal.SIGTERM, wait=True)  # a start that failed leaves nothing behind
-        raise
-    return ""
+        sys.exit(report.rstrip("\n") or f"{PROGRAM}: cannot start: the manager died")
+    return f"{PROGRAM}: {report[1:]}"
 
 
 def foreground(invocation: Invocation) -> str:
     """serve without detaching, until a signal such as Ctrl-C"""
-    manager = Manager(invocation)
-    terminal = io.FileIO(os.dup(2), "wb")
-    try:
-        manager.run(terminal, detach=False)
-    except Failure as why:
-        terminal.write(f"{PROGRAM}: {printable(str(why))}\n".encode())
-        sys.exit(1)
-    return ""
+    sys.exit(Manager(invocation).run(io.FileIO(os.dup(2), "wb"), detach=False))
 
 
 def open_listener(settings: Settings) -> socket.socket:
     """The one listening socket: the service manager's (sd_listen_fds(3)) or a new one.  Raises Failure."""
-    handed_over, for_whom = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    handed_over, for_whom, _ = (os.environ.pop(f"LISTEN_{name}", "") for name in ("FDS", "PID", "FDNAMES"))
     if handed_over and for_whom == str(os.getpid()):
         try:
             listener = socket.socket(fileno=3)
@@ -324,31 +307,27 @@ def open_listener(settings: Settings) -> socket.socket:
         listener.set_inheritable(False)
         return listener
     try:
-        if settings.bind:
-            found = socket.getaddrinfo(settings.bind, settings.port, type=socket.SOCK_STREAM)
-            family, _, _, _, address = min(found)  # IPv4, if the name has such an address
-            return socket.create_server(address, family=family, backlog=socket.SOMAXCONN)
-        dual = socket.has_dualstack_ipv6()
-        return socket.create_server(("", settings.port), family=socket.AF_INET6 if dual else socket.AF_INET,
-                                    backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
+        dual = not settings.bind and socket.has_dualstack_ipv6()
+        name = settings.bind or ("::" if dual else "0.0.0.0")
+        found = socket.getaddrinfo(name, settings.port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = min(found)  # IPv4, if the name has such an address
+        return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
     except (OSError, UnicodeError) as why:
         reason = str(getattr(why, "strerror", why)).partition(" (while")[0]  # create_server() repeats the address
         raise Failure(f"cannot listen on {settings.bind} port {settings.port}: {reason}".replace("  ", " ")) from why
 
 
-def load_handler(name: str, directory: str) -> Handler:
-    """Import the handler anew, with its package and all that came from DIRECTORY.  On Failure nothing has changed."""
-    module_name, function_name = name.split(":")
+def load_handler(settings: Settings) -> Handler:
+    """Import the handler anew, with its package and what came from its directory.  On Failure nothing has changed."""
+    module_name, function_name = settings.handler.split(":")
     modules, path = dict(sys.modules), list(sys.path)
-    for loaded, module in modules.items():
-        file = getattr(module, "__file__", None) or "/"
-        depth = loaded.count(".") + hasattr(module, "__path__") + 1
-        from_directory = os.path.join(directory, *file.split("/")[-depth:]) == file
-        if loaded != "__main__" and (from_directory or loaded.split(".")[0] == module_name.split(".")[0]):
-            del sys.modules[loaded]
+    for name, module in modules.items():
+        file, here = getattr(module, "__file__", None) or "", os.path.join(settings.directory, *name.split("."))
+        if name != "__main__" and (file.startswith(here) or name.split(".")[0] == module_name.split(".")[0]):
+            del sys.modules[name]
     sys.dont_write_bytecode = True  # it is found stale by whole seconds only: a quick edit would go unseen
     importlib.invalidate_caches()
-    sys.path[:] = [directory, *(entry for entry in path if entry != directory)]
+    sys.path[:] = [settings.directory, *(entry for entry in path if entry != settings.directory)]
     try:
         handler: Handler = getattr(importlib.import_module(module_name), function_name)
         if not callable(handler):
@@ -360,14 +339,11 @@ def load_handler(name: str, directory: str) -> Handler:
         reason = type(why).__name__
         with suppress(Exception):  # an exception of the module's own may fail to say what it is
             reason += f": {why}"
-        raise Failure(f"cannot load handler {name}: {reason}") from why
+        raise Failure(f"cannot load handler {settings.handler}: {reason}") from why
     return handler
 
 
 # ---- PID file -----------------------------------------------------------------------
-
-
-PATIENCE = 4.0  # s with a lock that neither a manager nor somebody who only asks would hold for so long
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
@@ -377,34 +353,24 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     only asks takes the lock shared, for a moment, and so is never mistaken for a manager.
     """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.descriptor = -1
+    descriptor = -1  # of the manager's lock
 
     def claim(self) -> None:
-        """Take the lock for the manager to be.  Raises AlreadyLocked, OSError."""
-        patience = time.monotonic() + PATIENCE
-        while self.descriptor < 0:
-            if time.monotonic() > patience:
-                raise OSError(errno.EAGAIN, "another program keeps it locked")
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-            try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise OSError(errno.EINVAL, "not a regular file")
-                if not flocked(descriptor, fcntl.LOCK_SH):
-                    raise AlreadyLocked(self.path)
-                # Emptied while no manager can be: so a leftover PID never stands beside an exclusive lock.
-                os.ftruncate(descriptor, 0)
-                if flocked(descriptor, fcntl.LOCK_EX) and self.is_at_path(descriptor):
-                    self.descriptor = descriptor
-            finally:
-                if self.descriptor != descriptor:
-                    os.close(descriptor)
-                    time.sleep(0.001)
+        """Take the lock for the manager to be.  Raises Failure."""
+        with failing_to(f"use PID file {self.path}"):
+            for _ in patiently(0.001):
+                with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644), "r+b", 0) as file:
+                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                        raise OSError(errno.EINVAL, "not a regular file")
+                    if not flocked(file, fcntl.LOCK_SH):  # which only an exclusive lock, a manager's, prevents
+                        raise Failure("cannot start: already running")
+                    file.truncate(0)  # while no manager can be: so a leftover PID never stands beside its lock
+                    if flocked(file, fcntl.LOCK_EX) and self.is_at_path(file.fileno()):
+                        self.descriptor = os.dup(file.fileno())
+                        return
 
     def acquire(self, timeout: float | None = None) -> None:
-        """Write this process's PID under the lock, which may have been claimed before a fork."""
-        self.claim()
+        """Write this process's PID under the lock, which was claimed before the forks."""
         os.pwrite(self.descriptor, b"%d\n" % os.getpid(), 0)
 
     def release(self) -> None:
@@ -421,33 +387,20 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         except FileNotFoundError:
             return False
 
-    def is_locked(self) -> bool:
-        return self.read_pid() is not None
-
     def read_pid(self) -> int | None:
         """PID of the living manager, or None.  Waits until one that is starting has written it.  Raises Failure."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        except OSError as why:
-            raise Failure(f"cannot read PID file {self.path}: {why.strerror}") from why
-        try:
-            patience = time.monotonic() + PATIENCE
-            while not flocked(descriptor, fcntl.LOCK_SH):
-                content = os.pread(descriptor, 20, 0)
-                if re.fullmatch(rb"[1-9]\d*\n", content):
+        with (failing_to(f"read PID file {self.path}"), suppress(FileNotFoundError),
+              open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb", 0) as file):
+            for _ in patiently(0.01):
+                if flocked(file, fcntl.LOCK_SH):
+                    return None
+                if re.fullmatch(rb"[1-9]\d*\n", content := os.pread(file.fileno(), 20, 0)):
                     return int(content)
-                if time.monotonic() > patience:
-                    raise Failure(f"cannot read PID file {self.path}: another program keeps it locked")
-                time.sleep(0.01)
-            return None
-        finally:
-            os.close(descriptor)
+        return None
 
     def signal_manager(self, signum: signal.Signals, wait: bool = False) -> int:
         """Signal the manager; return its PID, with WAIT when it is gone.  Raises Failure if there is none."""
-        try:
+        with failing_to("signal the manager"), suppress(ProcessLookupError):  # which means that it has just ended
             while (pid := self.read_pid()) is not None:
                 if not hasattr(os, "pidfd_open"):  # elsewhere than on Linux
                     os.kill(pid, signum)
@@ -460,19 +413,23 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     select.select([process] if wait else [], [], [], None if wait else 0)
                     return pid
                 os.close(process)
-        except ProcessLookupError:
-            pass  # it has just ended
-        except OSError as why:
-            raise Failure(f"cannot signal {pid}: {why.strerror}") from why
         raise Failure("not running")
 
 
-def flocked(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def flocked(file: io.FileIO, kind: int) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def patiently(pause: float) -> Iterator[None]:
+    """Time after time, for longer than a manager to be, or somebody who only asks, holds a lock.  Raises OSError."""
+    end = time.monotonic() + 4.0
+    while time.monotonic() < end:
+        yield
+        time.sleep(pause)
+    raise OSError(errno.EAGAIN, "another program keeps it locked")
 
 
 # ---- Manager ------------------------------------------------------------------------
@@ -500,60 +457,52 @@ class Manager:
     def __init__(self, invocation: Invocation) -> None:
         """Make ready all that can fail while the terminal can still be told.  Raises Failure."""
         os.umask(UMASK)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
         self.invocation = invocation
         self.settings = invocation.settings()
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         self.children: dict[int, Child] = {}
-        self.vacant_until: list[float] = []  # for each place that is not to be filled at once
+        self.vacancies: list[float] = []  # until when the places that are not to be filled at once stay empty
         self.pid_file = PidFile(self.settings.pid_file)
-        try:
-            self.pid_file.claim()
-        except AlreadyLocked as why:
-            raise Failure("cannot start: already running") from why
-        except OSError as why:
-            raise Failure(f"cannot use PID file {self.settings.pid_file}: {why.strerror}") from why
-        try:
-            self.listener = open_listener(self.settings)
-            self.log_file = open_log(self.settings.log_file)
-        except Failure:
-            self.pid_file.release()
-            raise
+        self.pid_file.claim()
+        atexit.register(self.pid_file.release)
+        self.listener = open_listener(self.settings)
+        self.log_file = open_log(self.settings.log_file)
 
-    def run(self, report: io.FileIO, detach: bool) -> None:
-        """Become the daemon, say so to REPORT when detached, and serve until stopped.  Raises Failure."""
+    def run(self, report: io.FileIO, detach: bool) -> int:
+        """Become the daemon and serve until stopped; tell REPORT how the start went.  Returns the exit status."""
         context = DaemonContext(
-            detach_process=detach, umask=UMASK, working_directory="/", prevent_core=True,
-            signal_map={signum: lambda *_: None for signum in LOOP_SIGNALS} | {signal.SIGPIPE: None},
+            detach_process=detach, umask=UMASK, pidfile=self.pid_file, stdout=self.log_file, stderr=self.log_file,
             files_preserve=[self.listener, self.pid_file.descriptor, report],
-            stdin=None, stdout=self.log_file, stderr=self.log_file, pidfile=self.pid_file)
+            signal_map={signum: lambda *_: None for signum in LOOP_SIGNALS})  # what is ignored cannot be waited for
+        failure = ""
         try:
             context.open()
-        except Exception as why:
-            self.pid_file.release()
-            raise Failure(f"cannot become a daemon: {why}") from why
-        os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
-        self.log_file.close()
-        self.printed = sys.stdout = sys.stderr = Printed()
-        try:
+            os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
+            self.log_file.close()
+            self.printed = sys.stdout = sys.stderr = Printed()
+            self.pid = os.getpid()
             self.start(report)
             if detach:
-                report.write(f"+{os.getpid()} started, {self.settings.workers} workers"
+                report.write(f"+{self.pid} started, {self.settings.workers} workers"
                              f" on port {self.listener.getsockname()[1]}\n".encode())
             report.close()
             self.serve()
         except Exception as why:
-            log(traced(f"Manager Failed: {why}", why.__cause__ or why))
-            raise Failure(str(why)) from why
-        finally:
+            failure = str(why) if context.is_open else f"cannot become a daemon: {why}"
+            if context.is_open:
+                log(traced(f"Manager Failed: {why}", why.__cause__ or why))
+        if context.is_open:
             self.stop()
-            self.pid_file.release()
+        self.pid_file.release()
+        if failure and not report.closed:
+            report.write(f"{PROGRAM}: {printable(failure)}\n".encode())
+        return 1 if failure else 0
 
     def start(self, report: io.FileIO) -> None:
         """Load the handler and fork the workers; return when they are up.  Raises Failure, OSError."""
-        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
-            + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
+        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.",
+                   f"Max Requests per Child: {self.settings.max_requests}"))
         self.load(self.settings)
         self.lifeline, alive = os.pipe()  # the manager's end alone is for writing: end-of-file means it is gone
         up, self.up = os.pipe()
@@ -565,7 +514,7 @@ class Manager:
                 raise Failure("cannot start: a worker died")
         self.up = -1
         self.not_for_workers = [self.pid_file.descriptor, alive]
-        self.notify(f"READY=1\nMAINPID={os.getpid()}")
+        self.notify(f"READY=1\nMAINPID={self.pid}")
 
     def serve(self) -> None:
         while True:
@@ -573,7 +522,7 @@ class Manager:
                 self.spawn_missing()
             except Failure as why:
                 log(record("*", f"{why}"))
-                self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
+                self.vacancies.append(time.monotonic() + RESPAWN_DELAY)
             match self.next_signal():
                 case signal.SIGHUP:
                     self.reload()
@@ -582,7 +531,7 @@ class Manager:
 
     def stop(self) -> None:
         self.notify("STOPPING=1")
-        self.vacant_until.clear()
+        self.vacancies.clear()
         self.retire_all()
         while self.children:
             self.next_signal()
@@ -591,8 +540,8 @@ class Manager:
     def next_signal(self) -> int:
         """Wait for a signal, or until a worker is overdue or a place to be filled; look after the workers."""
         now = time.monotonic()
-        limit = self.settings.handler_timeout  # a handler that is not running yet is not overdue before that
-        due = min([now + limit, *self.vacant_until,
+        limit = self.settings.handler_timeout  # after which a handler that is called in a moment may be overdue
+        due = min([now + limit, *self.vacancies,
                    *(child.due(limit) for child in self.children.values() if not child.killed_for)])
         signal.setitimer(signal.ITIMER_REAL, max(due - now, 0.001))
         signum = signal.sigwait(LOOP_SIGNALS)
@@ -606,20 +555,17 @@ class Manager:
     def spawn_missing(self) -> None:
         """Fork workers up to their number.  Raises Failure."""
         now = time.monotonic()
-        self.vacant_until = [until for until in self.vacant_until if until > now]
+        self.vacancies = [until for until in self.vacancies if until > now]
         staying = sum(child.leave_by == math.inf for child in self.children.values())
-        missing = self.settings.workers - staying - len(self.vacant_until)
-        room = 2 * self.settings.workers - len(self.children)
+        missing = self.settings.workers - staying - len(self.vacancies)
+        room = 2 * self.settings.workers - len(self.children)  # those that leave and their successors together
         for _ in range(min(missing, room)):
             self.spawn()
 
     def spawn(self) -> None:
-        manager = os.getpid()
-        try:
+        with failing_to("fork a worker"):
             busy_since = memoryview(mmap.mmap(-1, 8)).cast("d")
             pid = os.fork()
-        except OSError as why:
-            raise Failure(f"cannot fork a worker: {why.strerror}") from why
         if pid:
             self.children[pid] = Child(busy_since)
             return
@@ -627,7 +573,7 @@ class Manager:
         try:
             for descriptor in self.not_for_workers:
                 os.close(descriptor)
-            Worker(self, manager, busy_since).run()
+            Worker(self, busy_since).run()
             status = 0
         except BaseException as why:
             log(traced("Child Process Failed:", why))
@@ -643,9 +589,9 @@ class Manager:
             if child and status:  # the others: workers that left, and processes that the handler's module started
                 code = os.waitstatus_to_exitcode(status)
                 cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
-                log(record("*", f"Child Process Died. ({': '.join(filter(None, (cause, child.killed_for)))})", pid))
+                log(record("*", f"Child Process Died. ({cause}{child.killed_for})", pid=pid))
                 if child.leave_by == math.inf:
-                    self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
+                    self.vacancies.append(time.monotonic() + RESPAWN_DELAY)
 
     def retire_all(self) -> None:
         """Tell every worker to leave, within the grace."""
@@ -659,13 +605,13 @@ class Manager:
         for pid, child in self.children.items():
             if child.due(limit) <= now and not child.killed_for:
                 late = child.leave_by <= now
-                child.killed_for = "not done within the grace" if late else f"handler ran longer than {limit:g} s"
+                child.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
                 os.kill(pid, signal.SIGKILL)
 
     def load(self, settings: Settings) -> None:
         """Take SETTINGS and their handler.  On Failure nothing has changed."""
-        log(record("*", f"Manager Process ID: {os.getpid()}") + record("*", "Loading configuration."))
-        self.handler = load_handler(settings.handler, self.invocation.handler_directory())
+        log(record("*", f"Manager Process ID: {self.pid}", "Loading configuration."))
+        self.handler = load_handler(settings)
         self.settings = settings
         self.listener.setblocking(False)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
@@ -705,31 +651,57 @@ class Manager:
 
 # ---- Worker -------------------------------------------------------------------------
 
+RECEIVE_BYTES = 65536
+OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
+HOLD_BACK = getattr(socket, "MSG_MORE", 0)  # for the end of the reply and that of the connection to share a packet
+
+
+class Refused(Exception):
+    """Why a client gets no answer to its text; it is told."""
+
 
 class Worker:
     """Accepts clients one after the other, until its requests are used up or it is told to leave."""
 
-    def __init__(self, manager: Manager, manager_pid: int, busy_since: Any) -> None:
+    def __init__(self, manager: Manager, busy_since: Any) -> None:
+        """Set up the signals, then let them in; make ready what to wait by."""
+        self.manager, self.busy_since = manager, busy_since
         self.listener, self.settings, self.handler = manager.listener, manager.settings, manager.handler
-        self.lifeline, self.up, self.printed = manager.lifeline, manager.up, manager.printed
-        self.manager_pid = manager_pid
-        self.busy_since = busy_since
         self.left = self.settings.max_requests
         self.told_to_leave = False
+        for signum in LOOP_SIGNALS - {signal.SIGTERM, signal.SIGCHLD}:  # to ignore TERM for a moment could lose one
+            signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, self.leave)
+        signal.siginterrupt(signal.SIGTERM, False)  # for the sake of C code that handlers call
+        self.woken, waker = os.pipe()  # so that a signal between the loop's test and its wait ends the wait
+        os.set_blocking(waker, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        self.poller = select.epoll() if hasattr(select, "epoll") else select.poll()
+        # A client wakes one of the waiting workers, not all (epoll_ctl(2)).
+        self.poller.register(self.listener, select.POLLIN | getattr(select, "EPOLLEXCLUSIVE", 0))
+        self.poller.register(self.woken, select.POLLIN)
+        self.poller.register(manager.lifeline, select.POLLIN)  # ends the wait when the manager is gone
+
+    def leave(self, *_: object) -> None:
+        self.told_to_leave = True
 
     def run(self) -> None:
-        poller, woken = self.prepare()
         log(record("*", "Child Process Started."))
-        if self.up >= 0:
-            os.write(self.up, b".")
-            os.close(self.up)
-        # The lifeline ends the wait when the manager is gone; a busy worker, which does not wait, asks for its parent.
-        while self.left and not self.told_to_leave and os.getppid() == self.manager_pid:
+        if self.manager.up >= 0:
+            os.write(self.manager.up, b".")
+            os.close(self.manager.up)
+        called = False  # by a client that called no other worker, and so is not to be left waiting
+        while self.left and (called or not self.told_to_leave) and os.getppid() == self.manager.pid:
             try:
+                called = False
                 connection, address = self.listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
-                if (woken, select.POLLIN) in poller.poll():
-                    os.read(woken, 512)
+                ready = dict(self.poller.poll())
+                called = self.listener.fileno() in ready
+                if self.woken in ready:
+                    os.read(self.woken, 512)
                 continue
             with connection:
                 self.serve(connection, address[0].removeprefix("::ffff:"))
@@ -737,40 +709,21 @@ class Worker:
             log(record("*", "Caught SIGTERM"))
         log(record("*", f"Child Process Ended. ({self.left})"))
 
-    def prepare(self) -> tuple[select.epoll | select.poll, int]:
-        """Set up the signals, then let them in.  Returns what to wait by for a client, and what a signal writes to."""
-        for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM):
-            signal.signal(signum, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_leave", True))
-        signal.siginterrupt(signal.SIGTERM, False)  # for the sake of C code that handlers call
-        woken, waker = os.pipe()  # so that a signal between the loop's test and its wait ends the wait
-        os.set_blocking(waker, False)
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, set())
-        poller = select.epoll() if hasattr(select, "epoll") else select.poll()
-        # A client wakes one of the waiting workers, not all (epoll_ctl(2)).
-        poller.register(self.listener, select.POLLIN | getattr(select, "EPOLLEXCLUSIVE", 0))
-        poller.register(woken, select.POLLIN)
-        poller.register(self.lifeline, select.POLLIN)
-        return poller, woken
-
     def serve(self, connection: socket.socket, client: str) -> None:
         """One request.  A client that leaves without having sent a byte is none."""
         half_closed = False
         records = record("-", "Client Query Processing Started.")
         try:
             data, half_closed = self.receive(connection)
+            if not data and not half_closed:
+                return
             text = data.decode()
-        except Silent:
-            return
         except (Refused, UnicodeDecodeError) as why:
             reason = why if isinstance(why, Refused) else f"text is not UTF-8 at byte offset {why.start}"
-            reply = f"error: {reason}"
+            reply = f"error: {reason}".encode()
             log(records + record("-", f"Client: {client}; Refused: {reason}."))
         except OSError as why:
-            log(records + record("-", f"Client: {client}; Lost: {why.strerror}.")
-                + record("-", "Client Query Processing Ended."))
+            log(records + record("-", f"Client: {client}; Lost: {why.strerror}.", "Client Query Processing Ended."))
             return
         else:
             records += record("-", f"Client: {client}; Received Text:") + indented(text[:LOGGED])
@@ -780,7 +733,7 @@ class Worker:
             reply = self.handle(text)
         self.left -= 1
         try:
-            self.send(connection, f"{os.getpid()} {reply}\n".encode())
+            self.send(connection, b"%d %b\n" % (os.getpid(), reply))
             if not half_closed:
                 self.linger(connection)
             connection.close()  # first of all: until then the kernel holds the reply back
@@ -789,9 +742,8 @@ class Worker:
         log(record("-", "Client Query Processing Ended."))
 
     def receive(self, connection: socket.socket) -> tuple[bytearray, bool]:
-        """A whole text, and whether the client half-closed.  Raises Refused, Silent, OSError."""
-        text = bytearray()
-        deadline = math.inf
+        """What the client sent, and whether it half-closed.  Raises Refused, OSError."""
+        text, deadline = bytearray(), math.inf
         while len(text) <= self.settings.max_text:
             try:
                 piece = connection.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
@@ -806,28 +758,25 @@ class Worker:
                     silence = min(silence, 0.1 if text.endswith(b"\n") else 1.0)
                 if (text or not deferred_in_vain(connection)) and readable(connection, silence):
                     continue
-                if not text:
-                    raise Silent from None
-                if silence < deadline - now:
+                if not text or silence < deadline - now:
                     return text, False
                 raise Refused(f"text not ended within {self.settings.timeout:g} s") from None
         raise Refused(f"text longer than {self.settings.max_text} bytes")
 
-    def handle(self, text: str) -> str:
+    def handle(self, text: str) -> bytes:
         self.busy_since[0] = time.monotonic()
-        sys.stdout = sys.stderr = self.printed  # whatever an earlier call has made of them
+        sys.stdout = sys.stderr = self.manager.printed  # whatever an earlier call has made of them
         try:
             reply = self.handler(text)
             if not isinstance(reply, str):
                 raise TypeError(f"handler returned {type(reply).__name__}, expected str")
-            reply.encode()  # refuses lone surrogates
-            return reply
+            return reply.encode()
         except BaseException as why:  # SystemExit too: no text ends a worker
             log(traced("Handler Failed:", why))
-            return "error: handler failed"
+            return b"error: handler failed"
         finally:
             self.busy_since[0] = 0.0
-            self.printed.flush()
+            self.manager.printed.flush()
 
     def send(self, connection: socket.socket, reply: bytes) -> None:
         sent = 0
@@ -845,19 +794,6 @@ class Worker:
             pass
 
 
-RECEIVE_BYTES = 65536
-HOLD_BACK = getattr(socket, "MSG_MORE", 0)  # for the end of the reply and that of the connection to share a packet
-OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
-
-
-class Refused(Exception):
-    """Why a client gets no answer to its text; it is told."""
-
-
-class Silent(Exception):
-    """A client left, or waited too long, without having sent a byte."""
-
-
 def readable(connection: socket.socket, seconds: float) -> bool:
     poller = select.poll()
     poller.register(connection, select.POLLIN)
@@ -869,9 +805,8 @@ def deferred_in_vain(connection: socket.socket) -> bool:
 
     How often it did is tcpi_total_retrans, at byte 100 of Linux's struct tcp_info.
     """
-    if not hasattr(socket, "TCP_DEFER_ACCEPT"):
-        return False
-    return bool(struct.unpack_from("=I", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0])
+    return hasattr(socket, "TCP_DEFER_ACCEPT") and any(
+        connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[100:])
 
 
 # ---- Log ----------------------------------------------------------------------------
@@ -883,10 +818,8 @@ def open_log(name: str) -> io.FileIO:
     """The log file, for its owner and group only; STANDARD_ERROR stays what it is.  Raises Failure."""
     if name == STANDARD_ERROR:
         return io.FileIO(2, "wb", closefd=False)
-    try:
+    with failing_to(f"open log file {name}"):
         return io.FileIO(name, "ab", opener=lambda path, flags: os.open(path, flags, 0o640))
-    except OSError as why:
-        raise Failure(f"cannot open log file {name}: {why.strerror}") from why
 
 
 def log(records: str) -> None:
@@ -895,17 +828,16 @@ def log(records: str) -> None:
         os.write(2, records.encode(errors="backslashreplace"))
 
 
-def record(mark: str, message: str, pid: int = 0) -> str:
-    """A line of the log: MARK is * for the life of processes, - for requests."""
+def record(mark: str, *messages: str, pid: int = 0) -> str:
+    """A line of the log for each message: MARK is * for the life of processes, - for requests."""
     second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
-    moment, offset = whole_second(second)
-    return f"{moment}.{millisecond:03}{offset} {mark} {pid or os.getpid()} {printable(message)}\n"
+    head = f"{whole_second(second) % millisecond} {mark} {pid or os.getpid()} "
+    return "".join([f"{head}{printable(message)}\n" for message in messages])
 
 
 @functools.lru_cache(maxsize=1)
-def whole_second(second: int) -> tuple[str, str]:
-    local = time.localtime(second)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", local), time.strftime("%z", local)
+def whole_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S.%%03d%z", time.localtime(second))
 
 
 def indented(text: str) -> str:
@@ -926,8 +858,21 @@ def traced(message: str, why: BaseException) -> str:
     return record("*", message) + indented("".join(traceback.format_exception(why)))
 
 
-class Records(io.RawIOBase):
-    """Where what a handler prints becomes records of the log."""
+class Printed(io.TextIOWrapper):
+    """Standard output and error of handlers, line by line; not theirs to close or to take apart."""
+
+    def __init__(self) -> None:
+        super().__init__(PrintedRecords(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.flush()
+
+    def detach(self) -> Any:
+        return self.buffer
+
+
+class PrintedRecords(io.RawIOBase):
+    """Makes a record of the log of each piece that a handler prints."""
 
     def writable(self) -> bool:
         return True
@@ -936,18 +881,8 @@ class Records(io.RawIOBase):
         return 2
 
     def write(self, data: Any) -> int:
-        log(record("-", "Printed:") + indented(bytes(data).decode()))
+        log(record("-", "Printed:") + indented(bytes(data).decode(errors="backslashreplace")))
         return len(data)
-
-
-class Printed(io.TextIOWrapper):
-    """Standard output and error of handlers, line by line; not theirs to close."""
-
-    def __init__(self) -> None:
-        super().__init__(Records(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        self.flush()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 import os
 import re
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import psutil
 import pytest
 from conftest import Service, free_port, wait_until
 
@@ -263,3 +267,47 @@ def test_a_service_that_does_not_run_cannot_be_reloaded(service: Service) -> Non
     done = service.run("--reload")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "daemontest.py: not running\n")
     service.pid_file.unlink()
+
+
+# ---- Nobody is left waiting --------------------------------------------------------------
+
+BUSY = """
+import os, time
+os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+print(flush=True)
+end = time.monotonic() + 0.5
+while time.monotonic() < end:
+    pass
+"""
+
+
+@contextmanager
+def starved(processes: set[int]) -> Iterator[None]:
+    """PROCESSES do not run until half a second has passed; this one and the children it gets meanwhile do."""
+    cpus = os.sched_getaffinity(0)
+    theirs = {min(cpus)}
+    for pid in processes:
+        os.sched_setaffinity(pid, theirs)
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE,
+                          preexec_fn=lambda: os.sched_setaffinity(0, theirs)) as busy:
+        try:
+            os.sched_setaffinity(0, cpus - theirs)
+            assert busy.stdout and busy.stdout.read(1), "no real-time priority"
+            yield
+        finally:
+            os.sched_setaffinity(0, cpus)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or len(os.sched_getaffinity(0)) < 2, reason="real-time priority needs root")
+def test_a_client_that_calls_a_worker_which_has_just_been_told_to_leave_is_served(service: Service) -> None:
+    cpus = os.sched_getaffinity(0)
+    manager = service.start("-w", "2")
+    old = service.workers()
+    os.sched_setaffinity(manager, cpus - {min(cpus)})
+    with starved(old):
+        hup(service)
+        wait_until(lambda: len(service.workers() - old) == 2, "new workers")
+        wait_until(lambda: all(psutil.Process(new).status() == psutil.STATUS_SLEEPING
+                               for new in service.workers() - old), "new workers that wait")
+        assert service.ask("x", timeout=5).endswith(" your text size: 1\n")
+    wait_until(lambda: not service.workers() & old, "old workers to leave")
