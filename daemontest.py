@@ -859,21 +859,16 @@ def traced(message: str, why: BaseException) -> str:
 
 
 class Printed(io.TextIOWrapper):
-    """Standard output and error of handlers, line by line; not theirs to close or to take apart."""
+    """Standard output and error of handlers: each line becomes a record of the log.  Not theirs to take apart."""
 
     def __init__(self) -> None:
         super().__init__(PrintedRecords(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        self.flush()
 
     def detach(self) -> Any:
         return self.buffer
 
 
 class PrintedRecords(io.RawIOBase):
-    """Makes a record of the log of each piece that a handler prints."""
-
     def writable(self) -> bool:
         return True
 
@@ -883,6 +878,9 @@ class PrintedRecords(io.RawIOBase):
     def write(self, data: Any) -> int:
         log(record("-", "Printed:") + indented(bytes(data).decode(errors="backslashreplace")))
         return len(data)
+
+    def close(self) -> None:
+        pass  # the next request is to find it open, whatever wrapper around it has been closed
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 import os
 import re
+import signal
 import socket
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CONTINUATION, DEADLINE, RECORD, Service
+from conftest import CONTINUATION, DEADLINE, RECORD, Service, wait_until
 
 INDENTED = "^    "  # the lines of tracebacks
 ECHO = "def handle(text):\n    return text"
@@ -272,6 +273,23 @@ def handle(text):
     assert set(by[1:]) == {worker}
 
 
+@pytest.mark.parametrize("how", [
+    "sys.stdout.close()", "sys.stdout = None", "sys.stdout = io.StringIO()",
+    "sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')",
+    "sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='utf-8')",
+])
+@pytest.mark.parametrize("when", ["at import", "at each request"])
+def test_whatever_it_does_to_standard_output_it_may_print_at_the_next_request(
+        service: Service, how: str, when: str) -> None:
+    body = f"    print('said')\n    {how}\n    return 'done'\n"
+    service.write_handler(f"import io, sys\ndef handle(text):\n{body}" if when == "at each request" else
+                          f"import io, sys\n{how}\ndef handle(text):\n    print('said')\n    return 'done'\n")
+    service.start("-w", "1", "--handler", "service:handle")
+    [worker] = service.workers()
+    assert [service.ask("x") for _ in range(3)] == [f"{worker} done\n"] * 3
+    assert lines_under(service, "Printed:") == ["said"] * 3
+
+
 def test_it_may_read_its_standard_input_which_is_empty(service: Service) -> None:
     service.write_handler("import sys\ndef handle(text):\n    return repr(sys.stdin.read())")
     service.start("--handler", "service:handle")
@@ -316,3 +334,23 @@ def handle(text):
     descriptors, blocked, _ = service.ask("x").split("\n", 2)
     assert descriptors.split()[1:] == ["0", "1", "2"]
     assert int(blocked.split(":")[1], 16) == 0
+
+
+def test_it_may_fork_a_helper_when_it_is_imported(service: Service) -> None:
+    service.write_handler("""
+import os, signal
+
+HELPER = os.fork()
+if HELPER == 0:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pause()
+
+def handle(text):
+    return str(HELPER)
+""")
+    manager = service.start("-w", "1", "--handler", "service:handle")  # it returns, though the helper lives on
+    helper = int(service.ask("x").split()[1])
+    os.kill(helper, signal.SIGKILL)
+    wait_until(lambda: helper not in service.processes(), "the helper to go")
+    assert service.stop().stdout == f"daemontest.py {manager} Server terminated.\n"
+    assert not service.records("Child Process Died")

@@ -87,6 +87,11 @@ def test_a_start_that_cannot_say_that_it_succeeded_leaves_nothing_behind(service
     assert not service.pid_file.exists()
 
 
+def test_a_start_whose_manager_is_killed_says_so_and_leaves_no_pid_file(service: Service) -> None:
+    service.write_handler("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    assert_refused(service, "--handler", "service:handle", why="cannot start: the manager died")
+
+
 def answers(service: Service, host: str) -> bool:
     try:
         return service.ask("x", host).endswith(" your text size: 1\n")
