@@ -281,6 +281,8 @@ def background(invocation: Invocation) -> str:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
     with open(reading) as reports:
         report = reports.readline()
+        if not report.startswith("+"):
+            reports.read()  # that is, wait until the manager has ended
     os.waitpid(child, 0)
     if not report.startswith("+"):
         manager.pid_file.release()
@@ -445,6 +447,10 @@ class Child:
     leave_by: float = math.inf  # when it is killed, once it has been told to leave
     killed_for: str = ""
 
+    @property
+    def leaving(self) -> bool:
+        return self.leave_by < math.inf
+
     def due(self, handler_timeout: float) -> float:
         """When it is to be killed, as far as can be told now."""
         since = self.busy_since[0]  # read once: the worker writes to it meanwhile
@@ -462,6 +468,7 @@ class Manager:
         self.settings = invocation.settings()
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         self.children: dict[int, Child] = {}
+        self.reloading = False
         self.vacancies: list[float] = []  # until when the places that are not to be filled at once stay empty
         self.pid_file = PidFile(self.settings.pid_file)
         self.pid_file.claim()
@@ -523,6 +530,9 @@ class Manager:
             except Failure as why:
                 log(record("*", f"{why}"))
                 self.vacancies.append(time.monotonic() + RESPAWN_DELAY)
+            if self.reloading and not any(child.leaving for child in self.children.values()):
+                self.reloading = False
+                self.notify("READY=1")
             match self.next_signal():
                 case signal.SIGHUP:
                     self.reload()
@@ -556,7 +566,7 @@ class Manager:
         """Fork workers up to their number.  Raises Failure."""
         now = time.monotonic()
         self.vacancies = [until for until in self.vacancies if until > now]
-        staying = sum(child.leave_by == math.inf for child in self.children.values())
+        staying = sum(not child.leaving for child in self.children.values())
         missing = self.settings.workers - staying - len(self.vacancies)
         room = 2 * self.settings.workers - len(self.children)  # those that leave and their successors together
         for _ in range(min(missing, room)):
@@ -590,13 +600,13 @@ class Manager:
                 code = os.waitstatus_to_exitcode(status)
                 cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
                 log(record("*", f"Child Process Died. ({cause}{child.killed_for})", pid=pid))
-                if child.leave_by == math.inf:
+                if not child.leaving:
                     self.vacancies.append(time.monotonic() + RESPAWN_DELAY)
 
     def retire_all(self) -> None:
         """Tell every worker to leave, within the grace."""
         for pid, child in self.children.items():
-            if child.leave_by == math.inf:
+            if not child.leaving:
                 child.leave_by = time.monotonic() + self.settings.grace
                 os.kill(pid, signal.SIGTERM)
 
@@ -623,6 +633,7 @@ class Manager:
 
     def reload(self) -> None:
         """Take the configuration and the handler anew and replace all workers; if anything is wrong, change nothing."""
+        self.reloading = True
         self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         running = self.settings
         try:
@@ -637,7 +648,6 @@ class Manager:
             if waiting := [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]:
                 log(record("*", f"Waiting for a Restart: {', '.join(waiting)}"))
             self.retire_all()
-        self.notify("READY=1")
 
     def notify(self, state: str) -> None:
         """Tell the service manager, if there is one (sd_notify(3))."""

@@ -111,13 +111,13 @@ def test_a_refusal_is_read_even_if_a_reset_ends_the_sending() -> None:
 # ---- No connection ------------------------------------------------------------------
 
 
-def test_nobody_listens() -> None:
+def test_a_port_where_nobody_listens_is_an_error() -> None:
     port = free_port()
     assert_failed(run_client(port), f"cannot connect to 127.0.0.1 port {port}: Connection refused")
 
 
 @pytest.mark.parametrize("host", ["::1%nosuch", "a..b", "a\nb..c", ""])  # they fail without a question to the network
-def test_the_host_is_unknown(host: str) -> None:
+def test_an_unknown_host_is_an_error(host: str) -> None:
     assert_failed(run_client(free_port(), host=host), rf"cannot connect to {host[:1]}.*port \d+: \S.*")
 
 
@@ -207,7 +207,7 @@ def test_unusable_streams_are_an_error(usual: Service, redirection: str, why: st
 @pytest.mark.parametrize("arguments", [
     "-p 0", "-p 65536", "-p abc", "-p -1", "-p 1e3", "-p", "-s", "--timeout 0", "--timeout -1", "--timeout nan",
     "--timeout inf", "--timeout soon", "--tim 1", "--unknown", "file"])
-def test_wrong_usage(arguments: str) -> None:
+def test_wrong_usage_is_refused_with_a_usage_line(arguments: str) -> None:
     done = subprocess.run([sys.executable, str(CLIENT), *arguments.split()], stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout) == (2, "")

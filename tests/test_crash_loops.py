@@ -104,14 +104,6 @@ def test_a_start_whose_workers_die_at_birth_fails_and_leaves_nothing(service: Se
     assert not service.pid_file.exists()
 
 
-def test_workers_that_end_after_their_requests_are_replaced_at_once(service: Service) -> None:
-    service.start("-w", "1", "-n", "1")
-    began = time.monotonic()
-    workers = {service.ask("x").split()[0] for _ in range(30)}
-    assert len(workers) == 30
-    assert time.monotonic() - began < 15  # the delay after a death would make it 29 s
-
-
 # ---- fork() that fails ---------------------------------------------------------------
 
 PIDS = Path("/sys/fs/cgroup/pids")

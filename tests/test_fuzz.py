@@ -70,7 +70,7 @@ def answer(service: Service, segments: list[bytes], half_close: bool) -> tuple[i
     return (int(pid), rest) if longest < LONGEST_PAUSE and last - began < LONGEST else None
 
 
-def test_a_text_that_is_half_closed(running: Service) -> None:
+def test_any_text_that_is_half_closed_is_answered_right(running: Service) -> None:
     workers = running.workers()
     held_up = []
 
@@ -90,7 +90,7 @@ def test_a_text_that_is_half_closed(running: Service) -> None:
     assert running.workers() == workers
 
 
-def test_a_text_that_is_not_half_closed(running: Service) -> None:
+def test_any_text_that_is_not_half_closed_is_answered_right(running: Service) -> None:
     workers = running.workers()
     held_up = []
 

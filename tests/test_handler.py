@@ -274,7 +274,7 @@ def handle(text):
 
 
 @pytest.mark.parametrize("how", [
-    "sys.stdout.close()", "sys.stdout = None", "sys.stdout = io.StringIO()",
+    "sys.stdout.close()", "sys.stderr.close()", "sys.stdout = None", "del sys.stdout", "sys.stdout = io.StringIO()",
     "sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')",
     "sys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='utf-8')",
 ])

@@ -1,13 +1,10 @@
 """The log: records of one line, written at once, that no text can forge."""
 
-import os
-import signal
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import CONTINUATION, RECORD, Gate, Service
+from conftest import RECORD, Gate, Service
 
 
 def logged_texts(service: Service) -> list[list[str]]:
@@ -22,22 +19,6 @@ def logged_texts(service: Service) -> list[list[str]]:
             assert line.startswith("    ")
             texts[-1].append(line[4:])
     return texts
-
-
-def test_every_line_is_a_record_or_indented(service: Service) -> None:
-    service.start("-w", "2", "-n", "3")
-    for text in ("", "\n", "one\ntwo", "* 1 Child Process Started.\n", "\r\v\f\x1b[2J\0\x85\u2028\u2029\x9b",
-                 "x\n2026-11-23T10:00:00.123+0900 * 1 Server Terminated.",
-                 "\ufeff\u202e\u200b\ue000\U000e0001", b"\xff"):
-        service.ask(text)
-    os.kill(service.manager(), signal.SIGHUP)
-    service.wait_for_records("Loading configuration.", 2)
-    service.stop()
-    lines = service.log_file.read_bytes().decode().split("\n")
-    assert lines.pop() == ""
-    assert [line for line in lines if not RECORD.fullmatch(line) and not CONTINUATION.fullmatch(line)] == []
-    assert [line for line in lines if not line.isprintable()] == []
-    assert len(service.records("Server Terminated.")) == 1
 
 
 def test_the_life_of_a_service_in_the_words_of_the_original(service: Service) -> None:
@@ -102,16 +83,3 @@ def test_a_text_is_logged_before_the_handler_runs(service: Service) -> None:
         gate.open()
 
 
-def test_texts_of_many_workers_never_mix(service: Service) -> None:
-    service.start("-w", "5")
-    texts = [f"{number:03}\n" * 400 for number in range(100)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(service.ask, texts))
-    assert sorted(logged_texts(service)) == sorted(text.split("\n")[:-1] for text in texts)
-
-
-def test_a_log_that_cannot_be_written_costs_no_service(service: Service) -> None:
-    service.start("-n", "2", "--log-file", "/dev/full")
-    for _ in range(20):
-        assert service.ask("x").endswith(" your text size: 1\n")
-    assert service.stop().returncode == 0

@@ -43,7 +43,7 @@ def assert_lives(service: Service, *arguments: str | Path, **options: Any) -> No
     assert_lives_a_whole_life(service, service.start("-w", "2", *arguments, **options))
 
 
-def test_stdin_is_a_socket(service: Service) -> None:
+def test_it_lives_when_standard_input_is_a_socket(service: Service) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert_lives(service, stdin=theirs)
@@ -52,7 +52,7 @@ def test_stdin_is_a_socket(service: Service) -> None:
 
 
 @pytest.mark.parametrize("closed", [some for count in (1, 2, 3) for some in combinations((0, 1, 2), count)], ids=str)
-def test_standard_descriptors_are_closed(service: Service, closed: tuple[int, ...]) -> None:
+def test_it_lives_when_standard_descriptors_are_closed(service: Service, closed: tuple[int, ...]) -> None:
     def close() -> None:
         for descriptor in closed:
             os.close(descriptor)
@@ -75,7 +75,7 @@ def test_standard_descriptors_are_closed(service: Service, closed: tuple[int, ..
 
 
 @pytest.mark.parametrize("how", ["ignored", "blocked", "ignored and blocked"])
-def test_signals_are_ignored_or_blocked_by_the_parent(service: Service, how: str) -> None:
+def test_it_lives_when_its_parent_ignores_or_blocks_signals(service: Service, how: str) -> None:
     def set_up() -> None:
         if "ignored" in how:
             for signum in ALL_SIGNALS:
@@ -87,7 +87,7 @@ def test_signals_are_ignored_or_blocked_by_the_parent(service: Service, how: str
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
-def test_signals_are_ignored_and_blocked_by_the_parent_of_a_service_in_the_foreground(
+def test_it_lives_in_the_foreground_when_its_parent_ignores_and_blocks_signals(
         service: Service, signum: signal.Signals) -> None:
     def set_up() -> None:
         for ignored in ALL_SIGNALS:
@@ -102,15 +102,7 @@ def test_signals_are_ignored_and_blocked_by_the_parent_of_a_service_in_the_foreg
         assert process.wait(DEADLINE) == 0
 
 
-def test_umask_0(service: Service) -> None:
-    manager = service.start("-w", "2", preexec_fn=lambda: os.umask(0) and None)
-    assert service.log_file.stat().st_mode & 0o7777 == 0o640
-    assert service.pid_file.stat().st_mode & 0o022 == 0
-    assert f"Umask:\t{0o027:04o}\n" in Path(f"/proc/{manager}/status").read_text()
-    assert_lives_a_whole_life(service, manager)
-
-
-def test_no_home(service: Service) -> None:
+def test_it_lives_without_a_home(service: Service) -> None:
     home = pwd.getpwuid(os.getuid()).pw_dir  # what is used instead; the files named below keep the test out of it
     if os.path.exists(f"{home}/daemontest.toml"):
         pytest.skip("this user has a daemontest.toml of their own")
@@ -119,14 +111,14 @@ def test_no_home(service: Service) -> None:
     assert_lives(service, *files, env=env)
 
 
-def test_an_empty_environment(service: Service) -> None:
+def test_it_lives_in_an_empty_environment(service: Service) -> None:
     mark = {key: value for key, value in service.env.items() if key.startswith("DAEMONTEST")}  # the harness's
     (service.home / "empty.toml").touch()
     assert_lives(service, "-c", "empty.toml", "--pid-file", service.pid_file, "--log-file", service.log_file, env=mark)
 
 
 @pytest.mark.parametrize("home", ["plain", "ホーム"])
-def test_the_c_locale_without_utf_8_mode(service: Service, home: str) -> None:
+def test_it_lives_in_the_c_locale_without_utf_8_mode(service: Service, home: str) -> None:
     directory = service.home / home
     directory.mkdir()
     service.home = directory
@@ -147,7 +139,7 @@ def test_a_handler_in_the_c_locale_prints_and_answers_any_character(service: Ser
     assert service.log_file.read_text("utf-8").count("\n    あ😀\n") == 2
 
 
-def test_the_descriptor_limit_is_at_its_maximum(service: Service) -> None:
+def test_it_lives_with_the_highest_descriptor_limit(service: Service) -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     try:  # only root may go beyond, and not everywhere
         highest = int(Path("/proc/sys/fs/nr_open").read_text())
@@ -165,17 +157,7 @@ def test_the_descriptor_limit_is_at_its_maximum(service: Service) -> None:
     assert_lives_a_whole_life(service, manager)
 
 
-def test_inherited_descriptors_are_closed(service: Service) -> None:
-    reading, writing = os.pipe()
-    os.set_inheritable(writing, True)
-    manager = service.start("-w", "2", close_fds=False)
-    os.close(writing)
-    assert os.read(reading, 1) == b""  # the end, since nobody else holds it
-    os.close(reading)
-    assert_lives_a_whole_life(service, manager)
-
-
-def test_the_working_directory_has_been_removed(service: Service) -> None:
+def test_it_lives_when_its_working_directory_has_been_removed(service: Service) -> None:
     def leave_nowhere() -> None:
         os.mkdir("gone")
         os.chdir("gone")
@@ -219,12 +201,12 @@ def assert_lived(done: subprocess.CompletedProcess[str], service: Service) -> No
     assert not service.processes()
 
 
-def test_the_parent_is_the_shell_with_pid_1(service: Service) -> None:
+def test_it_lives_when_its_parent_is_a_shell_with_pid_1(service: Service) -> None:
     done = run_apart(service, ["--pid", "--fork", "--kill-child", "--mount-proc"], "test $$ = 1 || exit 9\n" + LIFE)
     assert_lived(done, service)
 
 
-def test_ipv6_is_switched_off(service: Service) -> None:
+def test_it_lives_when_ipv6_is_switched_off(service: Service) -> None:
     done = run_apart(service, ["--net"], """
         ip link set lo up || exit
         echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6 || exit

@@ -1,5 +1,6 @@
 """A worker serves exactly its number of requests, then a new one takes its place."""
 
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -37,3 +38,11 @@ def test_none_of_several_workers_serves_more_or_leaves_early(service: Service) -
     assert {int(match["pid"]) for match in ended} == full
     assert len(served) - len(full) <= 3  # the workers of now
     assert not service.records(r"Child Process Ended\. \([^0]")
+
+
+def test_workers_that_end_after_their_requests_are_replaced_at_once(service: Service) -> None:
+    service.start("-w", "1", "-n", "1")
+    began = time.monotonic()
+    workers = {service.ask("x").split()[0] for _ in range(30)}
+    assert len(workers) == 30
+    assert time.monotonic() - began < 15  # the delay after a death would make it 29 s

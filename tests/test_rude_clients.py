@@ -125,7 +125,7 @@ def test_a_client_that_reads_a_big_reply_gets_all_of_it(service: Service) -> Non
         assert read_all(connection).partition(b" ")[2] == b"x" * BIG + b"\n"
 
 
-def test_resets_at_any_point(service: Service) -> None:
+def test_resets_at_any_point_end_no_worker(service: Service) -> None:
     in_hand = service.home / "in-hand"
 
     def before_any_data(connection: socket.socket) -> None:
@@ -179,7 +179,7 @@ def accepted(service: Service) -> bool:
     return any(service.has_client(pid) for pid in service.workers())
 
 
-def test_half_a_character(service: Service) -> None:
+def test_half_a_character_is_refused_with_its_offset(service: Service) -> None:
     with the_same_workers(service, "-w", "4"):
         def answer(data: bytes, half_close: bool) -> str:
             with service.connect() as connection:
@@ -196,16 +196,7 @@ def test_half_a_character(service: Service) -> None:
             assert reply.result() == f"error: text is not UTF-8 at byte offset {offset}\n"
 
 
-def test_a_character_in_two_pieces_is_one(service: Service) -> None:
-    with the_same_workers(service, "-w", "1"), service.connect() as connection:
-        connection.sendall("あ".encode()[:2])
-        wait_until(lambda: accepted(service), "the first piece to be taken")
-        connection.sendall("あ".encode()[2:])
-        connection.shutdown(socket.SHUT_WR)
-        assert read_all(connection).endswith(b" your text size: 1\n")
-
-
-def test_connecting_and_closing_is_no_request(service: Service) -> None:
+def test_clients_that_connect_and_close_do_no_harm(service: Service) -> None:
     with the_same_workers(service, "-w", "2"):
         for number in range(100):
             connection = service.connect()

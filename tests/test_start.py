@@ -29,11 +29,6 @@ def test_start_says_who_serves_and_returns_when_all_workers_are_there(service: S
     assert service.pid_file.read_text() == f"{manager}\n"
 
 
-def test_the_reply_names_the_worker_that_gave_it(service: Service) -> None:
-    service.start("-w", "2")
-    assert int(service.ask("x").split()[0]) in service.workers()
-
-
 def test_second_start_is_refused_and_changes_nothing(service: Service) -> None:
     manager = service.start("-w", "2")
     workers, log = service.workers(), service.log
@@ -52,12 +47,11 @@ def test_a_busy_port_is_refused_until_it_is_free(service: Service) -> None:
     service.start()
 
 
-@pytest.mark.parametrize("option", ["--log-file", "--pid-file"])
 @pytest.mark.parametrize(("name", "why"), [(".", "directory"), ("missing/file", "No such file or directory"),
                                            ("plain/file", "Not a directory")])
-def test_an_unusable_file_is_refused(service: Service, option: str, name: str, why: str) -> None:
+def test_an_unusable_log_file_is_refused(service: Service, name: str, why: str) -> None:
     (service.home / "plain").touch()
-    assert_refused(service, option, name, why=f"{re.escape(str(service.home))}.*: .*{why}")
+    assert_refused(service, "--log-file", name, why=f"{re.escape(str(service.home))}.*: .*{why}")
     assert sorted(file.name for file in service.home.iterdir()) in (["plain"], ["daemontest.log", "plain"])
 
 

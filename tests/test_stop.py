@@ -44,21 +44,6 @@ def test_int_and_quit_stop_gracefully_too(service: Service, signum: signal.Signa
     assert service.records("")[-1]["message"] == "Server Terminated."
 
 
-def test_after_the_grace_a_stuck_worker_is_killed_and_the_stop_ends(service: Service) -> None:
-    gate = Gate(service)
-    service.start("--grace", "0.3", *gate.arguments)
-    with service.connect() as client:
-        client.sendall(b"x\n")
-        [stuck] = gate.wait_for()
-        service.expected.append(rf"\* {stuck} Child Process Died\. \(SIGKILL")
-        began = time.monotonic()
-        assert service.stop().returncode == 0
-        assert time.monotonic() - began >= 0.3
-    assert not service.processes()
-    [died] = service.records("Child Process Died")
-    assert (died["pid"], "grace" in died["message"]) == (str(stuck), True)
-
-
 def test_nobody_listens_after_a_stop(service: Service) -> None:
     service.start()
     service.stop()

@@ -1,4 +1,4 @@
-"""What the README recommends for real use, as it stands there, with the real programs."""
+"""What the README shows and recommends, as it stands there, with the real programs."""
 
 import contextlib
 import gzip
@@ -43,25 +43,63 @@ def program(name: str) -> str:
     return path
 
 
-# ---- Your own service -------------------------------------------------------------------
+# ---- A session and your own service -------------------------------------------------------------------
 
 
-def test_the_example_of_a_service_of_your_own(service: Service) -> None:
-    source = block("def handle(text: str) -> str:")
+def test_the_session_goes_as_shown(service: Service) -> None:
+    manager = service.start()
+    workers = service.workers()
+    assert len(workers) == 5
+    with POEM.open() as poem:
+        asked = service.run("-s", "localhost", "-p", str(service.port), script=CLIENT, stdin=poem)
+    match = re.fullmatch(r"(\d+) your text size: 33\n", asked.stdout)
+    assert asked.returncode == 0
+    assert match
+    assert int(match[1]) in workers
+    os.kill(manager, signal.SIGHUP)
+    wait_until(lambda: len(service.workers()) == 5 and not service.workers() & workers, "new workers")
+    os.kill(manager, signal.SIGPIPE)
+    assert service.ask("x").endswith(" your text size: 1\n")
+    stopped = service.stop()
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert stopped.stdout == f"daemontest.py {manager} Server terminated.\n"
+    assert not service.processes()
+    assert not service.pid_file.exists()
+
+
+def typed(line: str) -> list[str]:
+    """The arguments of the command of the session's LINE."""
+    return line.removeprefix("$ .venv/bin/").split()[1:]
+
+
+def test_the_first_service_of_ones_own_does_what_its_session_shows(service: Service) -> None:
+    source = block("def handle(text: str) -> str:", '    return f"{len(text.splitlines())} lines"')
+    service.write_handler(source, "rhyme")
+    start, started, ask, asked = block("$ .venv/bin/daemontest.py --handler rhyme:handle").rstrip("\n").split("\n")
+    manager = service.start(*typed(start))
+    assert re.fullmatch(r"daemontest\.py: \d+ started, 5 workers on port 36000", started)
+    text = ask.removeprefix("$ printf '").partition("'")[0].replace("\\n", "\n")
+    assert service.client(text).stdout.decode().split()[1:] == asked.split()[1:]
+    workers = service.workers()
+    reload, reloads, stop, stopped = block("daemontest.py: 97106 reloads").rstrip("\n").split("\n")
+    assert service.run(*typed(reload)).stdout == f"{reloads.replace('97106', str(manager))}\n"
+    service.wait_for_new_workers(workers)
+    assert service.run(*typed(stop)).stdout == f"{stopped.replace('97106', str(manager))}\n"
+
+
+def test_the_larger_service_does_what_its_session_shows(service: Service) -> None:
+    source = block("def alternates(tones: str) -> bool:")
     table = block("● 月漢萬里未但使將在不馬度")
-    session = block("$ daemontest.py --handler tones:handle").split("\n")
-    assert session[0] == "$ daemontest.py --handler tones:handle"
-    assert session[2] == "$ testclient.py < tests/data/poem.txt"
+    start, started, _, *reply = block("$ .venv/bin/daemontest.py --handler tones:handle").rstrip("\n").split("\n")
     service.write_handler(source, "tones")
     (service.home / "tones.txt").write_text(table)
-    manager = service.start(*session[0].split()[2:])
-    assert re.fullmatch(r"daemontest\.py: \d+ started, 5 workers on port 36000", session[1])
-    with POEM.open() as poem:
-        asked = service.run("-p", str(service.port), script=CLIENT, stdin=poem)
-    assert (asked.returncode, asked.stderr) == (0, "")
-    worker, _, reply = asked.stdout.partition(" ")
+    manager = service.start(*typed(start))
+    assert re.fullmatch(r"daemontest\.py: \d+ started, 5 workers on port 36000", started)
+    asked = service.client(POEM.read_text())
+    assert (asked.returncode, asked.stderr) == (0, b"")
+    worker, _, told = asked.stdout.decode().partition(" ")
     assert int(worker) in service.workers(manager)
-    assert reply == "\n".join(session[3:]).partition(" ")[2]
+    assert told.rstrip("\n") == "\n".join(reply).partition(" ")[2]
     assert service.ask("月月月月 關x月").partition(" ")[2] == "2 lines\n月月月月 ●●●● irregular\n關x月 ○?● regular\n"
 
 
@@ -134,8 +172,9 @@ def test_logrotate_rotates_the_log_and_no_record_is_lost(service: Service) -> No
     logrotate = program("logrotate")
     user = f"{service.home.owner()} {service.home.group()}"
     stanza = adapted(block("    postrotate"), {
-        "/home/daemontest/daemontest.log": str(service.log_file), "su daemontest daemontest": f"su {user}",
-        "su -s /bin/sh daemontest -c": "sh -c", "/opt/daemontest/bin/daemontest.py": f"{sys.executable} {DAEMON}"})
+        "/var/log/daemontest/log": str(service.log_file), "su daemontest daemontest": f"su {user}",
+        "su -s /bin/sh daemontest -c": "sh -c", "/opt/daemontest/bin/daemontest.py": f"{sys.executable} {DAEMON}",
+        "/run/daemontest/pid": str(service.pid_file)})
     (service.home / "logrotate.conf").write_text(stanza)
     service.start("-w", "2")
 
