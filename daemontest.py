@@ -17,7 +17,6 @@ Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usa
 from __future__ import annotations
 
 import argparse
-import atexit
 import dataclasses
 import errno
 import fcntl
@@ -60,16 +59,16 @@ class Failure(Exception):
 
 @contextmanager
 def failing_to(act: str) -> Iterator[None]:
-    """Makes an OSError the Failure to ACT."""
+    """Makes an OSError, or a name that cannot be, the Failure to ACT."""
     try:
         yield
-    except OSError as why:
-        raise Failure(f"cannot {act}: {why.strerror}") from why
+    except (OSError, ValueError) as why:
+        raise Failure(f"cannot {act}: {getattr(why, 'strerror', None) or why}") from why
 
 
 # ---- Settings -----------------------------------------------------------------------
 
-SECONDS = (0.001, 86400)
+SECONDS = (0.01, 86400)
 ANY_NAME = r"[^\0]+"
 STANDARD_ERROR = ""  # the name of the log file with -f
 STARTED_IN = "/"  # if that directory has been removed
@@ -131,13 +130,14 @@ def absolute(path: str) -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
+    with failing_to(f"read configuration {path}"), open(path, "rb") as file:
+        content = file.read()
     key = "expected TOML"
     try:
-        with failing_to(f"read configuration {path}"), open(path, "rb") as file:
-            values = tomllib.load(file)
+        values = tomllib.loads(content.decode())
         for key in values:
             values[key] = fitting(key, values[key])
-    except (ValueError, RecursionError) as why:  # TOML's own, and UTF-8's, too
+    except (ValueError, RecursionError) as why:  # TOML's own and UTF-8's, too
         raise Failure(f"bad configuration {path}: {key}: {why}") from why
     return values
 
@@ -152,13 +152,15 @@ class Invocation:
 
     def settings(self) -> Settings:
         """The command line over the configuration file over the defaults.  Raises Failure."""
-        config = absolute(self.config or "~/daemontest.toml")
+        config = absolute("~/daemontest.toml" if self.config is None else self.config)
         values: dict[str, Any] = {"log_file": STANDARD_ERROR} if self.action is foreground else {}
-        if self.config or os.path.exists(config):
+        if self.config is not None or os.path.exists(config):
             values |= read_config(config) | {"directory": os.path.dirname(config)}
         settings = Settings(**values | self.given)
-        return dataclasses.replace(settings, pid_file=absolute(settings.pid_file),
-                                   log_file=settings.log_file and absolute(settings.log_file))
+        pid_file, log_file = absolute(settings.pid_file), settings.log_file and absolute(settings.log_file)
+        if pid_file == log_file:
+            raise Failure(f"bad settings: pid_file and log_file are both {pid_file}")
+        return dataclasses.replace(settings, pid_file=pid_file, log_file=log_file)
 
 
 # ---- Command line -------------------------------------------------------------------
@@ -167,19 +169,28 @@ class Invocation:
 def main() -> None:
     mend_standard_streams()
     invocation = parse_command_line()
+    failure = ""
     try:
         outcome = invocation.action(invocation)
     except Failure as why:
-        sys.exit(f"{PROGRAM}: {printable(str(why))}")
+        failure = str(why)
     except KeyboardInterrupt:
-        sys.exit(f"{PROGRAM}: interrupted")
-    try:
-        os.write(1, outcome.encode())
-    except OSError as why:
-        if invocation.action is background:  # a start that cannot be told leaves nothing behind
-            with suppress(Failure):
-                terminate(invocation)
-        sys.exit(f"{PROGRAM}: cannot write to standard output: {why.strerror}")
+        failure = "interrupted"
+    else:
+        try:
+            os.write(1, outcome.encode())
+        except OSError as why:
+            failure = f"cannot write to standard output: {why.strerror}"
+            if invocation.action is background:  # a start that cannot be told leaves nothing behind
+                with suppress(Failure):
+                    terminate(invocation)
+    with suppress(Exception):  # what a handler's module may have printed, or made of them
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if failure:
+        with suppress(OSError):
+            os.write(2, f"{PROGRAM}: {printable(failure)}\n".encode())
+    os._exit(1 if failure else 0)  # at once: a thread that a handler's module started must not keep it
 
 
 def mend_standard_streams() -> None:
@@ -252,8 +263,9 @@ def check(invocation: Invocation) -> str:
 
 def reload(invocation: Invocation) -> str:
     """check as --check does; if all is good, have the service use it"""
-    check(invocation)
-    return f"{PROGRAM}: {PidFile(invocation.settings().pid_file).signal_manager(signal.SIGHUP)} reloads\n"
+    settings = invocation.settings()
+    load_handler(settings)
+    return f"{PROGRAM}: {PidFile(settings.pid_file).signal_manager(signal.SIGHUP)} reloads\n"
 
 
 # ---- Start --------------------------------------------------------------------------
@@ -266,33 +278,50 @@ def background(invocation: Invocation) -> str:
     """start detached; return when the service answers"""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     manager = Manager(invocation)
-    with failing_to("fork"):
-        reading, writing = os.pipe()
-        child = os.fork()
-    if child == 0:
-        os.close(reading)
-        try:
-            manager.run(io.FileIO(writing, "wb"), detach=True)
-        finally:
-            os._exit(0)
-    os.close(writing)
-    atexit.unregister(manager.pid_file.release)  # it is the child's now
-    # From here Ctrl-C gives up: the manager then finds the pipe broken, and ends.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
-    with open(reading) as reports:
-        report = reports.readline()
-        if not report.startswith("+"):
-            reports.read()  # that is, wait until the manager has ended
-    os.waitpid(child, 0)
-    if not report.startswith("+"):
-        manager.pid_file.release()
-        sys.exit(report.rstrip("\n") or f"{PROGRAM}: cannot start: the manager died")
-    return f"{PROGRAM}: {report[1:]}"
+    with manager.prepared():
+        with failing_to("fork"):
+            reading, writing = os.pipe()
+            child = os.fork()
+        if child == 0:
+            os.close(reading)
+            report = io.FileIO(writing, "w")
+            try:
+                manager.run(report, detach=True)
+            except Failure as why:
+                if not report.closed:
+                    report.write(str(why).encode(errors="backslashreplace"))
+            finally:
+                os._exit(0)
+        os.close(writing)
+        # From here Ctrl-C gives up: the manager then finds the pipe broken, and ends.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
+        with open(reading, encoding="utf-8") as reports:
+            outcome = reports.readline()
+            if not outcome.startswith("+"):
+                outcome += reports.read()  # that is, wait until the manager has ended
+        os.waitpid(child, 0)
+        if not outcome.startswith("+"):
+            raise Failure(outcome or "cannot start: the manager died")
+    return f"{PROGRAM}: {outcome[1:]}"
 
 
 def foreground(invocation: Invocation) -> str:
     """serve without detaching, until a signal such as Ctrl-C"""
-    sys.exit(Manager(invocation).run(io.FileIO(os.dup(2), "wb"), detach=False))
+    manager = Manager(invocation)
+    terminal = io.FileIO(os.dup(2), "w")
+    try:
+        with manager.prepared():
+            manager.run(terminal, detach=False)
+    finally:
+        os.dup2(terminal.fileno(), 2)
+    return ""
+
+
+def hold_signals() -> None:
+    """Block what the manager's loop waits for, and have none of it ignored: that could not be waited for."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
+    for signum in LOOP_SIGNALS:
+        signal.signal(signum, lambda *_: None)
 
 
 def open_listener(settings: Settings) -> socket.socket:
@@ -311,7 +340,7 @@ def open_listener(settings: Settings) -> socket.socket:
     try:
         dual = not settings.bind and socket.has_dualstack_ipv6()
         name = settings.bind or ("::" if dual else "0.0.0.0")
-        found = socket.getaddrinfo(name, settings.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = min(found)  # IPv4, if the name has such an address
         return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
     except (OSError, UnicodeError) as why:
@@ -339,7 +368,7 @@ def load_handler(settings: Settings) -> Handler:
         sys.modules.update(modules)
         sys.path[:] = path
         reason = type(why).__name__
-        with suppress(Exception):  # an exception of the module's own may fail to say what it is
+        with suppress(BaseException):  # an exception of the module's own may fail to say what it is
             reason += f": {why}"
         raise Failure(f"cannot load handler {settings.handler}: {reason}") from why
     return handler
@@ -355,7 +384,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     only asks takes the lock shared, for a moment, and so is never mistaken for a manager.
     """
 
-    descriptor = -1  # of the manager's lock
+    lock: io.FileIO  # the manager's
 
     def claim(self) -> None:
         """Take the lock for the manager to be.  Raises Failure."""
@@ -367,26 +396,26 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     if not flocked(file, fcntl.LOCK_SH):  # which only an exclusive lock, a manager's, prevents
                         raise Failure("cannot start: already running")
                     file.truncate(0)  # while no manager can be: so a leftover PID never stands beside its lock
-                    if flocked(file, fcntl.LOCK_EX) and self.is_at_path(file.fileno()):
-                        self.descriptor = os.dup(file.fileno())
+                    if flocked(file, fcntl.LOCK_EX) and self.is_at_path(file):
+                        self.lock = io.FileIO(os.dup(file.fileno()), "r+")
                         return
 
     def acquire(self, timeout: float | None = None) -> None:
         """Write this process's PID under the lock, which was claimed before the forks."""
-        os.pwrite(self.descriptor, b"%d\n" % os.getpid(), 0)
+        self.lock.write(b"%d\n" % os.getpid())
 
     def release(self) -> None:
         """Remove the file, or empty it.  The lock stays until the process has ended, which is what it tells."""
-        if self.is_at_path(self.descriptor):
+        if self.is_at_path(self.lock):
             try:
                 os.unlink(self.path)
             except OSError:  # in a directory that lets nothing be removed
-                os.ftruncate(self.descriptor, 0)
+                self.lock.truncate(0)
 
-    def is_at_path(self, descriptor: int) -> bool:
+    def is_at_path(self, file: io.FileIO) -> bool:
         try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except OSError:
             return False
 
     def read_pid(self) -> int | None:
@@ -396,7 +425,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             for _ in patiently(0.01):
                 if flocked(file, fcntl.LOCK_SH):
                     return None
-                if re.fullmatch(rb"[1-9]\d*\n", content := os.pread(file.fileno(), 20, 0)):
+                if re.fullmatch(rb"[1-9]\d{0,8}\n", content := os.pread(file.fileno(), 20, 0)):
                     return int(content)
         return None
 
@@ -461,66 +490,71 @@ class Manager:
     """Keeps the workers alive.  Signals are data that its loop reads: none is lost, none comes at a bad moment."""
 
     def __init__(self, invocation: Invocation) -> None:
-        """Make ready all that can fail while the terminal can still be told.  Raises Failure."""
-        os.umask(UMASK)
-        signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
+        """Raises Failure."""
         self.invocation = invocation
         self.settings = invocation.settings()
+        self.pid_file = PidFile(self.settings.pid_file)
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         self.children: dict[int, Child] = {}
-        self.reloading = False
         self.vacancies: list[float] = []  # until when the places that are not to be filled at once stay empty
-        self.pid_file = PidFile(self.settings.pid_file)
-        self.pid_file.claim()
-        atexit.register(self.pid_file.release)
-        self.listener = open_listener(self.settings)
-        self.log_file = open_log(self.settings.log_file)
+        self.reloading = False
 
-    def run(self, report: io.FileIO, detach: bool) -> int:
-        """Become the daemon and serve until stopped; tell REPORT how the start went.  Returns the exit status."""
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """With all that can fail while the terminal can still be told; on a Failure, of WITH's body too, undone."""
+        os.umask(UMASK)
+        signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
+        self.pid_file.claim()
+        try:
+            self.listener = open_listener(self.settings)
+            self.log_file = open_log(self.settings.log_file)
+            yield
+        except Failure:
+            self.pid_file.release()
+            raise
+
+    def run(self, report: io.FileIO, detach: bool) -> None:
+        """Become the daemon and serve until stopped; if detached, tell REPORT of the start.  Raises Failure."""
+        hold_signals()
         context = DaemonContext(
             detach_process=detach, umask=UMASK, pidfile=self.pid_file, stdout=self.log_file, stderr=self.log_file,
-            files_preserve=[self.listener, self.pid_file.descriptor, report],
-            signal_map={signum: lambda *_: None for signum in LOOP_SIGNALS})  # what is ignored cannot be waited for
-        failure = ""
+            signal_map={}, files_preserve=[self.listener, self.pid_file.lock, report])
         try:
             context.open()
-            os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
-            self.log_file.close()
-            self.printed = sys.stdout = sys.stderr = Printed()
-            self.pid = os.getpid()
-            self.start(report)
+        except Exception as why:
+            raise Failure(f"cannot become a daemon: {why}") from why
+        os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
+        self.log_file.close()
+        self.printed = sys.stdout = sys.stderr = Printed()
+        self.pid, self.report = os.getpid(), report
+        try:
+            self.start()
             if detach:
                 report.write(f"+{self.pid} started, {self.settings.workers} workers"
                              f" on port {self.listener.getsockname()[1]}\n".encode())
-            report.close()
+                report.close()
             self.serve()
         except Exception as why:
-            failure = str(why) if context.is_open else f"cannot become a daemon: {why}"
-            if context.is_open:
-                log(traced(f"Manager Failed: {why}", why.__cause__ or why))
-        if context.is_open:
+            log(traced(f"Manager Failed: {why}", why.__cause__ or why))
+            raise Failure(str(why)) from why
+        finally:
             self.stop()
-        self.pid_file.release()
-        if failure and not report.closed:
-            report.write(f"{PROGRAM}: {printable(failure)}\n".encode())
-        return 1 if failure else 0
+            self.pid_file.release()
 
-    def start(self, report: io.FileIO) -> None:
+    def start(self) -> None:
         """Load the handler and fork the workers; return when they are up.  Raises Failure, OSError."""
-        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.",
-                   f"Max Requests per Child: {self.settings.max_requests}"))
+        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
+            + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
         self.load(self.settings)
         self.lifeline, alive = os.pipe()  # the manager's end alone is for writing: end-of-file means it is gone
-        up, self.up = os.pipe()
-        self.not_for_workers = [self.pid_file.descriptor, alive, up, report.fileno()]
+        reading, writing = os.pipe()
+        came_up, self.up = open(reading, "rb"), io.FileIO(writing, "w")
+        self.not_for_workers = [self.pid_file.lock, io.FileIO(alive, "w"), came_up, self.report]
         self.spawn_missing()
-        os.close(self.up)
-        with open(up, "rb") as came_up:
+        self.up.close()
+        with came_up:
             if len(came_up.read(len(self.children))) < len(self.children):
                 raise Failure("cannot start: a worker died")
-        self.up = -1
-        self.not_for_workers = [self.pid_file.descriptor, alive]
         self.notify(f"READY=1\nMAINPID={self.pid}")
 
     def serve(self) -> None:
@@ -568,7 +602,7 @@ class Manager:
         self.vacancies = [until for until in self.vacancies if until > now]
         staying = sum(not child.leaving for child in self.children.values())
         missing = self.settings.workers - staying - len(self.vacancies)
-        room = 2 * self.settings.workers - len(self.children)  # those that leave and their successors together
+        room = 2 * self.most_workers - len(self.children)  # those that leave and their successors together
         for _ in range(min(missing, room)):
             self.spawn()
 
@@ -581,8 +615,8 @@ class Manager:
             return
         status = 1
         try:
-            for descriptor in self.not_for_workers:
-                os.close(descriptor)
+            for file in self.not_for_workers:
+                file.close()
             Worker(self, busy_since).run()
             status = 0
         except BaseException as why:
@@ -599,7 +633,7 @@ class Manager:
             if child and status:  # the others: workers that left, and processes that the handler's module started
                 code = os.waitstatus_to_exitcode(status)
                 cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
-                log(record("*", f"Child Process Died. ({cause}{child.killed_for})", pid=pid))
+                log(record("*", f"Child Process Died. ({cause}{child.killed_for})", pid))
                 if not child.leaving:
                     self.vacancies.append(time.monotonic() + RESPAWN_DELAY)
 
@@ -620,8 +654,12 @@ class Manager:
 
     def load(self, settings: Settings) -> None:
         """Take SETTINGS and their handler.  On Failure nothing has changed."""
-        log(record("*", f"Manager Process ID: {self.pid}", "Loading configuration."))
-        self.handler = load_handler(settings)
+        log(record("*", f"Manager Process ID: {self.pid}") + record("*", "Loading configuration."))
+        try:
+            self.handler = load_handler(settings)
+        finally:
+            hold_signals()  # whatever the handler's module has made of them
+        self.most_workers = max(settings.workers, self.settings.workers)  # of before and after
         self.settings = settings
         self.listener.setblocking(False)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
@@ -638,7 +676,7 @@ class Manager:
         running = self.settings
         try:
             new = self.invocation.settings()
-            with open_log(new.log_file) as log_file:
+            with open_log(new.log_file, self.report) as log_file:
                 self.load(dataclasses.replace(new, **{key: getattr(running, key) for key in WAIT_FOR_RESTART}))
                 os.dup2(log_file.fileno(), 1)
                 os.dup2(log_file.fileno(), 2)
@@ -653,10 +691,11 @@ class Manager:
         """Tell the service manager, if there is one (sd_notify(3))."""
         if self.notify_socket:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+                notifier.setblocking(False)
                 try:
                     notifier.sendto(state.encode(), re.sub("^@", "\0", self.notify_socket))
                 except OSError as why:
-                    log(record("*", f"Cannot Notify: {why.strerror}"))
+                    log(record("*", f"Cannot Notify: {why.strerror or why}"))
 
 
 # ---- Worker -------------------------------------------------------------------------
@@ -684,6 +723,7 @@ class Worker:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, self.leave)
         signal.siginterrupt(signal.SIGTERM, False)  # for the sake of C code that handlers call
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # and of their forks
         self.woken, waker = os.pipe()  # so that a signal between the loop's test and its wait ends the wait
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -699,28 +739,29 @@ class Worker:
 
     def run(self) -> None:
         log(record("*", "Child Process Started."))
-        if self.manager.up >= 0:
-            os.write(self.manager.up, b".")
-            os.close(self.manager.up)
-        called = False  # by a client that called no other worker, and so is not to be left waiting
-        while self.left and (called or not self.told_to_leave) and os.getppid() == self.manager.pid:
+        if not self.manager.up.closed:
+            self.manager.up.write(b".")
+            self.manager.up.close()
+        while self.left and os.getppid() == self.manager.pid:
             try:
-                called = False
                 connection, address = self.listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
-                ready = dict(self.poller.poll())
-                called = self.listener.fileno() in ready
-                if self.woken in ready:
+                if self.told_to_leave:  # and only now: a client may have woken this worker, and so no other
+                    break
+                if (self.woken, select.POLLIN) in self.poller.poll():
                     os.read(self.woken, 512)
                 continue
             with connection:
                 self.serve(connection, address[0].removeprefix("::ffff:"))
+            if self.told_to_leave:
+                break
         if self.told_to_leave:
             log(record("*", "Caught SIGTERM"))
         log(record("*", f"Child Process Ended. ({self.left})"))
 
     def serve(self, connection: socket.socket, client: str) -> None:
         """One request.  A client that leaves without having sent a byte is none."""
+        connection.setblocking(False)  # whatever default the handler's module has set
         half_closed = False
         records = record("-", "Client Query Processing Started.")
         try:
@@ -733,7 +774,8 @@ class Worker:
             reply = f"error: {reason}".encode()
             log(records + record("-", f"Client: {client}; Refused: {reason}."))
         except OSError as why:
-            log(records + record("-", f"Client: {client}; Lost: {why.strerror}.", "Client Query Processing Ended."))
+            log(records + record("-", f"Client: {client}; Lost: {why.strerror}.")
+                + record("-", "Client Query Processing Ended."))
             return
         else:
             records += record("-", f"Client: {client}; Received Text:") + indented(text[:LOGGED])
@@ -744,9 +786,9 @@ class Worker:
         self.left -= 1
         try:
             self.send(connection, b"%d %b\n" % (os.getpid(), reply))
+            connection.shutdown(socket.SHUT_WR)  # not only closed: a process that the handler forked may have it open
             if not half_closed:
                 self.linger(connection)
-            connection.close()  # first of all: until then the kernel holds the reply back
         except OSError as why:
             log(record("-", f"Client: {client}; Reply Not Taken: {why.strerror or why}."))
         log(record("-", "Client Query Processing Ended."))
@@ -756,7 +798,7 @@ class Worker:
         text, deadline = bytearray(), math.inf
         while len(text) <= self.settings.max_text:
             try:
-                piece = connection.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+                piece = connection.recv(RECEIVE_BYTES)
                 if not piece:
                     return text, True
                 text += piece
@@ -780,7 +822,7 @@ class Worker:
             reply = self.handler(text)
             if not isinstance(reply, str):
                 raise TypeError(f"handler returned {type(reply).__name__}, expected str")
-            return reply.encode()
+            return str.encode(reply)
         except BaseException as why:  # SystemExit too: no text ends a worker
             log(traced("Handler Failed:", why))
             return b"error: handler failed"
@@ -791,14 +833,13 @@ class Worker:
     def send(self, connection: socket.socket, reply: bytes) -> None:
         sent = 0
         with suppress(BlockingIOError):
-            sent = connection.send(reply, socket.MSG_DONTWAIT | HOLD_BACK)  # nearly always all of it
+            sent = connection.send(reply, HOLD_BACK)  # nearly always all of it
         if sent < len(reply):
             connection.settimeout(self.settings.timeout)
             connection.sendall(memoryview(reply)[sent:])
 
     def linger(self, connection: socket.socket) -> None:
         """Let the reply arrive: to close with data unread resets the connection (RFC 2525, 2.17), reply and all."""
-        connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + self.settings.timeout
         while readable(connection, min(1.0, deadline - time.monotonic())) and connection.recv(RECEIVE_BYTES):
             pass
@@ -824,12 +865,12 @@ def deferred_in_vain(connection: socket.socket) -> bool:
 LOGGED = 2000  # characters of a client's text
 
 
-def open_log(name: str) -> io.FileIO:
-    """The log file, for its owner and group only; STANDARD_ERROR stays what it is.  Raises Failure."""
-    if name == STANDARD_ERROR:
-        return io.FileIO(2, "wb", closefd=False)
+def open_log(name: str, terminal: io.FileIO | None = None) -> io.FileIO:
+    """The log file, for its owner and group only; or TERMINAL, by default the standard error.  Raises Failure."""
     with failing_to(f"open log file {name}"):
-        return io.FileIO(name, "ab", opener=lambda path, flags: os.open(path, flags, 0o640))
+        if name == STANDARD_ERROR:
+            return io.FileIO(os.dup(terminal.fileno() if terminal else 2), "wb")
+        return io.FileIO(name, "ab", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o640))
 
 
 def log(records: str) -> None:
@@ -838,11 +879,10 @@ def log(records: str) -> None:
         os.write(2, records.encode(errors="backslashreplace"))
 
 
-def record(mark: str, *messages: str, pid: int = 0) -> str:
-    """A line of the log for each message: MARK is * for the life of processes, - for requests."""
+def record(mark: str, message: str, pid: int = 0) -> str:
+    """A line of the log: MARK is * for the life of processes, - for requests."""
     second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
-    head = f"{whole_second(second) % millisecond} {mark} {pid or os.getpid()} "
-    return "".join([f"{head}{printable(message)}\n" for message in messages])
+    return f"{whole_second(second) % millisecond} {mark} {pid or os.getpid()} {printable(message)}\n"
 
 
 @functools.lru_cache(maxsize=1)
@@ -865,7 +905,10 @@ def printable(line: str) -> str:
 
 
 def traced(message: str, why: BaseException) -> str:
-    return record("*", message) + indented("".join(traceback.format_exception(why)))
+    trace = [f"{type(why).__name__}, which cannot be told"]
+    with suppress(BaseException):  # an exception of the handler's own may fail to say what it is
+        trace = traceback.format_exception(why)
+    return record("*", message) + indented("".join(trace))
 
 
 class Printed(io.TextIOWrapper):
