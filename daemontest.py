@@ -723,7 +723,7 @@ class Worker:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, self.leave)
         signal.siginterrupt(signal.SIGTERM, False)  # for the sake of C code that handlers call
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # and of their forks
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         self.woken, waker = os.pipe()  # so that a signal between the loop's test and its wait ends the wait
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)

@@ -154,3 +154,17 @@ def test_the_installed_commands_do_the_whole_job(tmp_path: Path, service: Servic
     assert stopped.stdout == f"daemontest.py {manager} Server terminated.\n"
     assert not alive(manager)
     shutil.rmtree(environment)  # too big to be kept
+
+
+def test_foreground_goes_back_to_standard_error_when_the_log_file_is_named_no_more(service: Service) -> None:
+    service.configure("workers = 1\nlog_file = 'daemontest.log'")
+    with open(service.home / "stderr", "w") as errors:
+        daemon = service.foreground(stderr=errors)
+        service.wait_for_records("Child Process Started.")
+        service.configure("workers = 1")
+        os.kill(daemon.pid, signal.SIGHUP)
+        service.log_file = service.home / "stderr"
+        service.wait_for_records("Child Process Started.")
+        assert service.stop().returncode == 0
+        daemon.communicate(timeout=50)
+    assert service.records()[-1]["message"] == "Server Terminated."

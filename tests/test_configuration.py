@@ -245,3 +245,23 @@ def test_a_good_configuration_is_told_so_and_nothing_is_started(service: Service
     done = service.run("--check")
     assert (done.returncode, done.stdout, done.stderr) == (0, "daemontest.py: configuration is good\n", "")
     assert sorted(file.name for file in service.home.iterdir()) == ["daemontest.toml", "service.py"]
+
+
+def test_a_file_that_is_to_be_both_pid_file_and_log_is_refused(service: Service) -> None:
+    done = service.run("--pid-file", "both", "--log-file", service.home / "both")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"daemontest.py: bad settings: pid_file and log_file are both {service.home}/both\n"
+
+
+def test_an_empty_name_of_a_configuration_file_is_refused(service: Service) -> None:
+    done = service.run("--check", "-c", "")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"daemontest\.py: cannot read configuration [^\n]+\n", done.stderr)
+
+
+def test_a_pipe_as_log_that_nobody_reads_is_refused(service: Service) -> None:
+    os.mkfifo(service.home / "pipe")
+    done = service.run("-p", service.port, "--log-file", "pipe")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"daemontest\.py: cannot open log file [^\n]+\n", done.stderr)
+    assert not service.pid_file.exists()

@@ -4,11 +4,12 @@ import os
 import re
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CONTINUATION, DEADLINE, RECORD, Service, wait_until
+from conftest import CONTINUATION, DEADLINE, RECORD, Service, read_all, wait_until
 
 INDENTED = "^    "  # the lines of tracebacks
 ECHO = "def handle(text):\n    return text"
@@ -197,14 +198,25 @@ BAD_BEHAVIOUR = {
     "recurses": ("return handle(text)", "RecursionError: .*"),
     "returns nothing": ("return None", "TypeError: handler returned NoneType, expected str"),
     "returns bytes": ("return b'the secret'", "TypeError: handler returned bytes, expected str"),
+    "raises what cannot be formatted": ("raise SyntaxError('x', ('f', 1, 2, 5))", "SyntaxError, which cannot be told"),
+    "raises what cannot be followed": ("raise Evil", "Evil, which cannot be told"),
     "returns a surrogate": ("return 'the secret \\udc80'", "UnicodeEncodeError: .*"),
 }
+
+
+EVIL = """
+class Evil(Exception):
+    @property
+    def __cause__(self):
+        raise SystemExit
+
+"""
 
 
 def test_whatever_it_raises_or_returns_the_client_is_told_the_log_says_why_and_the_worker_lives(
         service: Service) -> None:
     cases = "\n".join(f"    if text == {case!r}:\n        {body}" for case, (body, _) in BAD_BEHAVIOUR.items())
-    service.write_handler(f"def handle(text):\n{cases}\n    return 'good'")
+    service.write_handler(f"{EVIL}def handle(text):\n{cases}\n    return 'good'")
     service.expected += ["Handler Failed:", INDENTED]
     service.start("-w", "1", "--handler", "service:handle")
     [worker] = service.workers()
@@ -215,7 +227,8 @@ def test_whatever_it_raises_or_returns_the_client_is_told_the_log_says_why_and_t
         assert service.ask("x") == f"{worker} good\n", case
         trace = lines_under(service, "Handler Failed:")
         assert any(re.fullmatch(why, line) for line in trace), (case, trace)
-    assert lines_under(service, "Handler Failed:").count("Traceback (most recent call last):") >= len(BAD_BEHAVIOUR)
+    tracebacks = lines_under(service, "Handler Failed:").count("Traceback (most recent call last):")
+    assert tracebacks >= len(BAD_BEHAVIOUR) - 2  # those that cannot be told
     assert not service.records("Server Terminated.")
     assert service.workers() == {worker}
 
@@ -354,3 +367,71 @@ def handle(text):
     wait_until(lambda: helper not in service.processes(), "the helper to go")
     assert service.stop().stdout == f"daemontest.py {manager} Server terminated.\n"
     assert not service.records("Child Process Died")
+
+
+def test_a_default_timeout_that_it_sets_is_not_that_of_its_clients(service: Service) -> None:
+    service.write_handler("import socket\nsocket.setdefaulttimeout(0.05)\ndef handle(text):\n    return text")
+    service.start("-w", "1", "--handler", "service:handle")
+    with service.connect() as client:
+        client.sendall(b"neither a newline nor an end")
+        assert read_all(client).endswith(b" neither a newline nor an end\n")
+
+
+def test_a_thread_that_it_starts_at_import_keeps_no_command_from_ending(service: Service) -> None:
+    service.write_handler("import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n" + ECHO)
+    chosen = ("--handler", "service:handle")
+    assert service.run("--check", *chosen).returncode == 0
+    assert service.run("--check", "--handler", "service:missing").returncode == 1
+    service.start(*chosen)
+    assert service.run("--reload", *chosen).returncode == 0
+    assert service.stop().returncode == 0
+    daemon = service.foreground(*chosen, stderr=subprocess.DEVNULL)
+    wait_until(lambda: service.run("--status").returncode == 0, "the start")
+    assert service.stop().returncode == 0
+    assert daemon.wait(DEADLINE) == 0
+    daemon.communicate()
+
+
+def test_what_it_does_to_signals_at_import_deafens_nobody(service: Service) -> None:
+    service.write_handler("""
+import signal
+for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+    signal.signal(signum, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+""" + ECHO)
+    service.start("-w", "1", "-n", "1", "--handler", "service:handle")
+    assert len({service.ask("x").split()[0] for _ in range(5)}) == 5
+    workers = wait_until(lambda: service.workers() if len(service.workers()) == 1 else None, "the sixth worker alone")
+    os.kill(service.manager(), signal.SIGHUP)
+    service.wait_for_new_workers(workers)
+    assert service.stop().returncode == 0
+    assert service.records()[-1]["message"] == "Server Terminated."
+    assert not service.pid_file.exists()
+
+
+def test_a_process_that_it_forks_can_be_terminated_and_delays_no_reply(service: Service) -> None:
+    service.write_handler("""
+import multiprocessing, os, time
+
+context = multiprocessing.get_context("fork")
+
+def work(begun):
+    begun.set()
+    time.sleep(600)
+
+def handle(text):
+    begun = context.Event()
+    process = context.Process(target=work, args=(begun,))
+    process.start()
+    begun.wait()
+    if text == "terminate":
+        process.terminate()
+        process.join()
+        return "terminated"
+    return str(process.pid)
+""")
+    service.start("-w", "1", "--handler", "service:handle")
+    assert service.ask("terminate").endswith(" terminated\n")
+    left = int(service.ask("leave").split()[1])  # it has the connection open, and yet this reply has come to its end
+    assert left in service.processes()
+    os.kill(left, signal.SIGKILL)

@@ -50,7 +50,8 @@ def test_what_is_left_over_is_not_running_not_signalled_and_not_in_the_way(
     assert stranger.poll() is None
 
 
-@pytest.mark.parametrize("content", [b"garbage\n", b"-1\n", b"", b"%d\n"], ids=["garbage", "-1", "empty", "stranger"])
+@pytest.mark.parametrize("content", [b"garbage\n", b"-1\n", b"", b"%d\n", b"9" * 14 + b"\n"],
+                         ids=["garbage", "-1", "empty", "stranger", "huge"])
 def test_a_pid_file_that_a_stranger_has_locked_is_one_line_and_no_signal(
         service: Service, stranger: subprocess.Popen[bytes], content: bytes) -> None:
     content = content.replace(b"%d", b"-%d" % stranger.pid)

@@ -212,3 +212,19 @@ def test_it_lives_when_ipv6_is_switched_off(service: Service) -> None:
         echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6 || exit
     """ + LIFE)
     assert_lived(done, service)
+
+
+def test_names_that_the_c_locale_cannot_have_are_refused_in_one_line_and_stop_nothing(service: Service) -> None:
+    service.env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    service.expected += ["Nothing Changed", "Manager Failed: cannot load handler", "^    "]
+    for line in ('log_file = "日誌"', 'pid_file = "日誌"', 'handler = "日誌:handle"'):
+        (service.home / "other.toml").write_text(line, "utf-8")
+        done = service.run("-p", str(service.port), "-c", "other.toml")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert re.fullmatch(r"daemontest\.py: cannot [^\n]+\n", done.stderr), done.stderr
+    manager = service.start("-w", "2")
+    (service.home / "daemontest.toml").write_text('log_file = "日誌"', "utf-8")
+    os.kill(manager, signal.SIGHUP)
+    service.wait_for_records("Nothing Changed: cannot open log file")
+    (service.home / "daemontest.toml").unlink()
+    assert_lives_a_whole_life(service, manager)

@@ -281,3 +281,19 @@ def test_a_socket_that_outlives_three_restarts_under_load_loses_no_request(servi
     assert not any(thread.is_alive() for thread in threads)
     ended = len(service.records("Client Query Processing Ended."))
     assert ended == sum(asked)
+
+
+def test_a_service_manager_that_reads_nothing_stops_nothing(service: Service) -> None:
+    service.expected.append("Cannot Notify")
+    with notify_socket(service) as notified:
+        daemon = service.foreground("-w", "1", "--log-file", "daemontest.log", stderr=subprocess.DEVNULL)
+        assert "READY" in notified.next()
+        for _ in range(1000):  # more than the socket takes
+            if service.records("Cannot Notify"):
+                break
+            before = len(service.records("Caught SIGHUP"))
+            os.kill(daemon.pid, signal.SIGHUP)
+            service.wait_for_records("Caught SIGHUP", before + 1, 5)
+        assert service.records("Cannot Notify: Resource temporarily unavailable")
+        assert service.stop().returncode == 0
+        daemon.communicate(timeout=50)
