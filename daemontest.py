@@ -146,7 +146,7 @@ def read_config(path: str) -> dict[str, Any]:
 class Invocation:
     """The command line, which a reload needs again."""
 
-    action: Callable[[Invocation], str]
+    action: Callable[[Invocation], None]
     config: str | None
     given: dict[str, Any]
 
@@ -171,26 +171,20 @@ def main() -> None:
     invocation = parse_command_line()
     failure = ""
     try:
-        outcome = invocation.action(invocation)
-    except Failure as why:
-        failure = str(why)
-    except KeyboardInterrupt:
-        failure = "interrupted"
-    else:
-        try:
-            os.write(1, outcome.encode())
-        except OSError as why:
-            failure = f"cannot write to standard output: {why.strerror}"
-            if invocation.action is background:  # a start that cannot be told leaves nothing behind
-                with suppress(Failure):
-                    terminate(invocation)
-    with suppress(Exception):  # what a handler's module may have printed, or made of them
-        sys.stdout.flush()
-        sys.stderr.flush()
-    if failure:
-        with suppress(OSError):
-            os.write(2, f"{PROGRAM}: {printable(failure)}\n".encode())
+        invocation.action(invocation)
+    except (Failure, KeyboardInterrupt) as why:
+        failure = str(why) or "interrupted"
+    with suppress(Exception):
+        sys.stdout.flush()  # what a handler's module may have printed
+    with suppress(OSError):
+        os.write(2, f"{PROGRAM}: {printable(failure)}\n".encode() if failure else b"")
     os._exit(1 if failure else 0)  # at once: a thread that a handler's module started must not keep it
+
+
+def say(outcome: str) -> None:
+    """Write OUTCOME as a line of standard output.  Raises Failure."""
+    with failing_to("write to standard output"):
+        os.write(1, f"{outcome}\n".encode())
 
 
 def mend_standard_streams() -> None:
@@ -230,18 +224,18 @@ def parse_command_line() -> Invocation:
     return Invocation(action, config, given)
 
 
-def status(invocation: Invocation) -> str:
+def status(invocation: Invocation) -> None:
     """print the process ID of the running service, or exit with 3"""
     pid = running_service(invocation).read_pid()
     if pid is None:
         print(f"{PROGRAM}: not running", file=sys.stderr)
         sys.exit(3)
-    return f"{pid}\n"
+    say(str(pid))
 
 
-def terminate(invocation: Invocation) -> str:
+def terminate(invocation: Invocation) -> None:
     """stop the service gracefully; return when all its processes are gone"""
-    return f"{PROGRAM} {running_service(invocation).signal_manager(signal.SIGTERM, wait=True)} Server terminated.\n"
+    say(f"{PROGRAM} {running_service(invocation).signal_manager(signal.SIGTERM, wait=True)} Server terminated.")
 
 
 def running_service(invocation: Invocation) -> PidFile:
@@ -255,17 +249,17 @@ def running_service(invocation: Invocation) -> PidFile:
         return pid_file
 
 
-def check(invocation: Invocation) -> str:
+def check(invocation: Invocation) -> None:
     """check the configuration and the handler; start nothing"""
     load_handler(invocation.settings())
-    return f"{PROGRAM}: configuration is good\n"
+    say(f"{PROGRAM}: configuration is good")
 
 
-def reload(invocation: Invocation) -> str:
+def reload(invocation: Invocation) -> None:
     """check as --check does; if all is good, have the service use it"""
     settings = invocation.settings()
     load_handler(settings)
-    return f"{PROGRAM}: {PidFile(settings.pid_file).signal_manager(signal.SIGHUP)} reloads\n"
+    say(f"{PROGRAM}: {PidFile(settings.pid_file).signal_manager(signal.SIGHUP)} reloads")
 
 
 # ---- Start --------------------------------------------------------------------------
@@ -274,7 +268,7 @@ UMASK = 0o027
 LOOP_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM}
 
 
-def background(invocation: Invocation) -> str:
+def background(invocation: Invocation) -> None:
     """start detached; return when the service answers"""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     manager = Manager(invocation)
@@ -297,15 +291,17 @@ def background(invocation: Invocation) -> str:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
         with open(reading, encoding="utf-8") as reports:
             outcome = reports.readline()
-            if not outcome.startswith("+"):
-                outcome += reports.read()  # that is, wait until the manager has ended
-        os.waitpid(child, 0)
-        if not outcome.startswith("+"):
-            raise Failure(outcome or "cannot start: the manager died")
-    return f"{PROGRAM}: {outcome[1:]}"
+            os.waitpid(child, 0)
+            if not outcome.startswith("+"):  # it is all that comes until the manager has ended
+                raise Failure(outcome + reports.read() or "cannot start: the manager died")
+    try:
+        say(f"{PROGRAM}: {outcome[1:-1]}")
+    except Failure:
+        manager.pid_file.signal_manager(signal.SIGTERM, wait=True)  # a start that fails leaves nothing behind
+        raise
 
 
-def foreground(invocation: Invocation) -> str:
+def foreground(invocation: Invocation) -> None:
     """serve without detaching, until a signal such as Ctrl-C"""
     manager = Manager(invocation)
     terminal = io.FileIO(os.dup(2), "w")
@@ -314,7 +310,6 @@ def foreground(invocation: Invocation) -> str:
             manager.run(terminal, detach=False)
     finally:
         os.dup2(terminal.fileno(), 2)
-    return ""
 
 
 def hold_signals() -> None:
@@ -519,10 +514,8 @@ class Manager:
         context = DaemonContext(
             detach_process=detach, umask=UMASK, pidfile=self.pid_file, stdout=self.log_file, stderr=self.log_file,
             signal_map={}, files_preserve=[self.listener, self.pid_file.lock, report])
-        try:
+        with failing_to("become a daemon"):
             context.open()
-        except Exception as why:
-            raise Failure(f"cannot become a daemon: {why}") from why
         os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
         self.log_file.close()
         self.printed = sys.stdout = sys.stderr = Printed()
