@@ -824,9 +824,10 @@ class Worker:
             self.manager.printed.flush()
 
     def send(self, connection: socket.socket, reply: bytes) -> None:
-        sent = 0
-        with suppress(BlockingIOError):
+        try:
             sent = connection.send(reply, HOLD_BACK)  # nearly always all of it
+        except BlockingIOError:
+            sent = 0
         if sent < len(reply):
             connection.settimeout(self.settings.timeout)
             connection.sendall(memoryview(reply)[sent:])
@@ -868,8 +869,10 @@ def open_log(name: str, terminal: io.FileIO | None = None) -> io.FileIO:
 
 def log(records: str) -> None:
     """Write whole records at once to standard error, which is the log."""
-    with suppress(OSError):  # a log that cannot be written costs records, never service
+    try:
         os.write(2, records.encode(errors="backslashreplace"))
+    except OSError:
+        pass  # a log that cannot be written costs records, never service
 
 
 def record(mark: str, message: str, pid: int = 0) -> str:
