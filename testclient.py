@@ -24,6 +24,7 @@ class Failure(Exception):
 
 
 def main() -> int:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by the parent: print() would take standard output
     options = parse_command_line()
     try:
         text = read_text() + b"\n"
