@@ -202,7 +202,8 @@ def test_unusable_streams_are_an_error(usual: Service, redirection: str, why: st
 
 
 def test_an_error_that_cannot_be_told_is_not_told_on_standard_output() -> None:
-    done = subprocess.run(["sh", "-c", f'exec "$0" "$1" -s 127.0.0.1 -p {free_port()} 2>&-', sys.executable, str(CLIENT)],
+    command = f'exec "$0" "$1" -s 127.0.0.1 -p {free_port()} 2>&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable, str(CLIENT)],
                           input=b"x", stdout=subprocess.PIPE, timeout=50)
     assert (done.returncode, done.stdout) == (1, b"")
 
