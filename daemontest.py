@@ -54,7 +54,11 @@ def text_length(text: str) -> str:
 
 
 class Failure(Exception):
-    """What the user is to be told in one line: what failed, and why."""
+    """What the user is to be told in one line: what failed, and why.  Ends the program with STATUS."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @contextmanager
@@ -169,22 +173,24 @@ class Invocation:
 def main() -> None:
     mend_standard_streams()
     invocation = parse_command_line()
-    failure = ""
+    failure, exit_status = "", 0
     try:
         invocation.action(invocation)
-    except (Failure, KeyboardInterrupt) as why:
-        failure = str(why) or "interrupted"
+    except Failure as why:
+        failure, exit_status = str(why), why.status
+    except KeyboardInterrupt:
+        failure, exit_status = "interrupted", 1
     with suppress(Exception):
         sys.stdout.flush()  # what a handler's module may have printed
     with suppress(OSError):
         os.write(2, f"{PROGRAM}: {printable(failure)}\n".encode() if failure else b"")
-    os._exit(1 if failure else 0)  # at once: a thread that a handler's module started must not keep it
+    os._exit(exit_status)  # at once: a thread that a handler's module started must not keep it
 
 
 def say(outcome: str) -> None:
     """Write OUTCOME as a line of standard output.  Raises Failure."""
     with failing_to("write to standard output"):
-        os.write(1, f"{outcome}\n".encode())
+        print(outcome, file=sys.__stdout__, flush=True)
 
 
 def mend_standard_streams() -> None:
@@ -228,8 +234,7 @@ def status(invocation: Invocation) -> None:
     """print the process ID of the running service, or exit with 3"""
     pid = running_service(invocation).read_pid()
     if pid is None:
-        print(f"{PROGRAM}: not running", file=sys.stderr)
-        sys.exit(3)
+        raise Failure("not running", 3)
     say(str(pid))
 
 
@@ -287,13 +292,18 @@ def background(invocation: Invocation) -> None:
             finally:
                 os._exit(0)
         os.close(writing)
-        # From here Ctrl-C gives up: the manager then finds the pipe broken, and ends.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
-        with open(reading, encoding="utf-8") as reports:
-            outcome = reports.readline()
-            os.waitpid(child, 0)
-            if not outcome.startswith("+"):  # it is all that comes until the manager has ended
-                raise Failure(outcome + reports.read() or "cannot start: the manager died")
+        manager.listener.close()
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
+            with open(reading, encoding="utf-8") as reports:
+                outcome = reports.readline()
+                os.waitpid(child, 0)
+                if not outcome.startswith("+"):  # it is all that comes until the manager has ended
+                    raise Failure(outcome + reports.read() or "cannot start: the manager died")
+        except KeyboardInterrupt:  # the import of a handler may hang, and then takes no other signal
+            with suppress(Failure):
+                manager.pid_file.signal_manager(signal.SIGKILL, wait=True)
+            raise
     try:
         say(f"{PROGRAM}: {outcome[1:-1]}")
     except Failure:
@@ -504,7 +514,7 @@ class Manager:
             self.listener = open_listener(self.settings)
             self.log_file = open_log(self.settings.log_file)
             yield
-        except Failure:
+        except (Failure, KeyboardInterrupt):
             self.pid_file.release()
             raise
 
@@ -595,7 +605,9 @@ class Manager:
         self.vacancies = [until for until in self.vacancies if until > now]
         staying = sum(not child.leaving for child in self.children.values())
         missing = self.settings.workers - staying - len(self.vacancies)
-        room = 2 * self.most_workers - len(self.children)  # those that leave and their successors together
+        room = 2 * self.settings.workers - len(self.children)  # those that leave and their successors together
+        if all(child.busy_since[0] for child in self.children.values()):
+            room = max(room, 1)  # for clients who come meanwhile
         for _ in range(min(missing, room)):
             self.spawn()
 
@@ -652,12 +664,11 @@ class Manager:
             self.handler = load_handler(settings)
         finally:
             hold_signals()  # whatever the handler's module has made of them
-        self.most_workers = max(settings.workers, self.settings.workers)  # of before and after
+            self.printed.flush()
         self.settings = settings
         self.listener.setblocking(False)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
             self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
-        self.printed.flush()
         gc.unfreeze()
         gc.collect()
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares

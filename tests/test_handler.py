@@ -435,3 +435,15 @@ def handle(text):
     left = int(service.ask("leave").split()[1])  # it has the connection open, and yet this reply has come to its end
     assert left in service.processes()
     os.kill(left, signal.SIGKILL)
+
+
+def test_what_it_prints_at_import_comes_before_the_outcome_of_a_check_and_is_logged_if_a_start_fails(
+        service: Service) -> None:
+    service.env.pop("PYTHONUNBUFFERED", None)
+    service.expected += ["Manager Failed", "Traceback", INDENTED]
+    service.write_handler("print('imported', end='')\n" + ECHO)
+    checked = service.run("--check", "--handler", "service:handle")
+    assert (checked.returncode, checked.stdout) == (0, "importeddaemontest.py: configuration is good\n")
+    service.write_handler("print('imported', end='')\nraise RuntimeError")
+    assert service.run("-p", str(service.port), "--handler", "service:handle").returncode == 1
+    assert lines_under(service, "Printed:") == ["imported"]

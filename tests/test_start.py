@@ -1,13 +1,14 @@
 """A start tells the truth: it returns when the service answers, or says why not and leaves nothing behind."""
 
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import DAEMON, Service, free_port, read_all
+from conftest import DAEMON, Service, free_port, read_all, wait_until
 
 
 def assert_refused(service: Service, *arguments: str | Path, why: str) -> None:
@@ -84,6 +85,19 @@ def test_a_start_that_cannot_say_that_it_succeeded_leaves_nothing_behind(service
 def test_a_start_whose_manager_is_killed_says_so_and_leaves_no_pid_file(service: Service) -> None:
     service.write_handler("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     assert_refused(service, "--handler", "service:handle", why="cannot start: the manager died")
+
+
+def test_a_start_given_up_with_ctrl_c_leaves_nothing_even_if_the_handler_hangs_in_its_import(service: Service) -> None:
+    service.write_handler("import time\nprint('importing')\ntime.sleep(600)\n")
+    start = subprocess.Popen([sys.executable, str(DAEMON), "-p", str(service.port), "--handler", "service:handle"],
+                             env=service.env, cwd=service.home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: "    importing\n" in service.log, "the import")
+    start.send_signal(signal.SIGINT)
+    assert start.communicate(timeout=50) == ("", "daemontest.py: interrupted\n")
+    assert start.returncode == 1
+    assert not service.processes()
+    assert not service.pid_file.exists()
 
 
 def answers(service: Service, host: str) -> bool:

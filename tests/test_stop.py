@@ -74,3 +74,10 @@ def test_status_tells_whether_it_runs(service: Service) -> None:
     service.stop()
     stopped = service.run("--status")
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (3, "", "daemontest.py: not running\n")
+
+
+def test_status_is_told_by_the_exit_status_even_if_its_words_cannot_be_written(service: Service) -> None:
+    for redirection in ("2>/dev/full", "2>&-"):
+        done = subprocess.run(["sh", "-c", f'exec "$0" "$1" --status {redirection}', sys.executable, str(DAEMON)],
+                              env=service.env, stdout=subprocess.PIPE, timeout=50)
+        assert (done.returncode, done.stdout) == (3, b"")
