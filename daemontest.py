@@ -726,7 +726,8 @@ class Worker:
             signal.signal(signum, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, self.leave)
-        signal.siginterrupt(signal.SIGTERM, False)  # for the sake of C code that handlers call
+        # For the sake of handlers: of C code that they call, and of processes that they fork, and terminate.
+        signal.siginterrupt(signal.SIGTERM, False)
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         self.woken, waker = os.pipe()  # so that a signal between the loop's test and its wait ends the wait
         os.set_blocking(waker, False)
