@@ -163,6 +163,8 @@ IMPORT_FAILURES = {
     "environment": ("import os; os.environ['NO_SUCH_THING']", "KeyError: 'NO_SUCH_THING'"),
     "failure that fails": ("class Mute(Exception):\n    def __str__(self):\n        raise RuntimeError\nraise Mute",
                            "(service[.])?Mute"),
+    "failure that exits": ("class Mute(Exception):\n    def __str__(self):\n        raise SystemExit\nraise Mute",
+                           "(service[.])?Mute"),
     "missing helper": ("import nohelper_", "ModuleNotFoundError: No module named 'nohelper_'"),
 }
 

@@ -191,6 +191,9 @@ BAD = {
     "handler whose failure fails": (
         "workers = 3", "class Mute(Exception):\n    def __str__(self):\n        raise RuntimeError\nraise Mute",
         "cannot load handler service:handle: (service[.])?Mute"),
+    "handler whose failure exits": (
+        "workers = 3", "class Mute(Exception):\n    def __str__(self):\n        raise SystemExit\nraise Mute",
+        "cannot load handler service:handle: (service[.])?Mute"),
     "function that is missing": ("workers = 3", "import helper", "cannot load handler service:handle: AttributeE"),
 }
 
