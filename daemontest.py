@@ -34,7 +34,6 @@ import socket
 import stat
 import sys
 import time
-import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -134,6 +133,8 @@ def absolute(path: str) -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
+    import tomllib  # only when it is needed: each worker's fork is dearer by what has been imported
+
     with failing_to(f"read configuration {path}"), open(path, "rb") as file:
         content = file.read()
     key = "expected TOML"
@@ -206,7 +207,9 @@ def parse_command_line() -> Invocation:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage="%(prog)s [-f | -t | --reload | --status | --check] [-c FILE] [SETTING ...]",
         description="A pre-forking TCP service, text in, text out. Without an action it starts in the background.",
-        epilog="Each setting is also a key of the configuration file (TOML), with _ for -.", allow_abbrev=False)
+        epilog="Each setting is also a key of the configuration file (TOML), with _ for -.", allow_abbrev=False,
+        # A width given keeps argparse from importing what finds out the terminal's.
+        formatter_class=functools.partial(argparse.HelpFormatter, width=None if {"-h", "--help"} & {*sys.argv} else 80))
     actions = parser.add_mutually_exclusive_group()
     for names, action in ((("-f", "--foreground"), foreground), (("-t", "--terminate"), terminate),
                           (("--reload",), reload), (("--status",), status), (("--check",), check)):
@@ -276,36 +279,34 @@ LOOP_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, si
 def background(invocation: Invocation) -> None:
     """start detached; return when the service answers"""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    manager = Manager(invocation)
+    with failing_to("start"):
+        reading, writing = os.pipe()
+    manager = Manager(invocation, io.FileIO(writing, "w"))
     with manager.prepared():
         with failing_to("fork"):
-            reading, writing = os.pipe()
             child = os.fork()
         if child == 0:
             os.close(reading)
-            report = io.FileIO(writing, "w")
-            try:
-                manager.run(report, detach=True)
-            except Failure as why:
-                if not report.closed:
-                    report.write(str(why).encode(errors="backslashreplace"))
-            finally:
-                os._exit(0)
-        os.close(writing)
+            return manager.run()
+        manager.report.close()
         manager.listener.close()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
-            with open(reading, encoding="utf-8") as reports:
-                outcome = reports.readline()
+            with open(reading, "rb") as report:
+                outcome = report.readline()
                 os.waitpid(child, 0)
-                if not outcome.startswith("+"):  # it is all that comes until the manager has ended
-                    raise Failure(outcome + reports.read() or "cannot start: the manager died")
+                if not outcome:
+                    raise Failure("cannot start: the manager died")
+                if not outcome.startswith(b"+"):
+                    with suppress(OSError):
+                        os.write(2, outcome + report.read())  # which ends when the manager does
+                    raise Failure("")
         except KeyboardInterrupt:  # the import of a handler may hang, and then takes no other signal
             with suppress(Failure):
                 manager.pid_file.signal_manager(signal.SIGKILL, wait=True)
             raise
     try:
-        say(f"{PROGRAM}: {outcome[1:-1]}")
+        say(f"{PROGRAM}: {outcome[1:-1].decode()}")
     except Failure:
         manager.pid_file.signal_manager(signal.SIGTERM, wait=True)  # a start that fails leaves nothing behind
         raise
@@ -313,20 +314,21 @@ def background(invocation: Invocation) -> None:
 
 def foreground(invocation: Invocation) -> None:
     """serve without detaching, until a signal such as Ctrl-C"""
-    manager = Manager(invocation)
-    terminal = io.FileIO(os.dup(2), "w")
-    try:
-        with manager.prepared():
-            manager.run(terminal, detach=False)
-    finally:
-        os.dup2(terminal.fileno(), 2)
+    manager = Manager(invocation, io.FileIO(os.dup(2), "w"))
+    with manager.prepared():
+        manager.run()
 
 
-def hold_signals() -> None:
-    """Block what the manager's loop waits for, and have none of it ignored: that could not be waited for."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
-    for signum in LOOP_SIGNALS:
-        signal.signal(signum, lambda *_: None)
+class Listener(socket.socket):
+    """A listening socket whose accept() does not work out anew for each client what its own constructor takes."""
+
+    family: Any = None
+    type: Any = socket.SOCK_STREAM
+    proto: Any = socket.IPPROTO_TCP
+
+    def __init__(self, opened: socket.socket) -> None:
+        Listener.family = opened.family
+        super().__init__(self.family, self.type, self.proto, opened.detach())
 
 
 def open_listener(settings: Settings) -> socket.socket:
@@ -344,9 +346,10 @@ def open_listener(settings: Settings) -> socket.socket:
         return listener
     try:
         dual = not settings.bind and socket.has_dualstack_ipv6()
-        name = settings.bind or ("::" if dual else "0.0.0.0")
-        found = socket.getaddrinfo(name, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = min(found)  # IPv4, if the name has such an address
+        family, address = socket.AF_INET6 if dual else socket.AF_INET, (settings.bind, settings.port)
+        if settings.bind:
+            found: list[Any] = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+            family, _, _, _, address = min(found)  # IPv4, if the name has such an address
         return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
     except (OSError, UnicodeError) as why:
         reason = str(getattr(why, "strerror", why)).partition(" (while")[0]  # create_server() repeats the address
@@ -473,20 +476,24 @@ def patiently(pause: float) -> Iterator[None]:
 RESPAWN_DELAY = 1.0  # s until the place of a worker that died is filled again
 
 
-@dataclasses.dataclass
-class Child:
-    """What the manager knows of a worker."""
+@dataclasses.dataclass(eq=False)
+class Place:
+    """The place of one worker, and what the manager knows of the worker in it."""
 
     busy_since: Any  # shared with the worker: [0] is time.monotonic() of the call of its handler, or 0
-    leave_by: float = math.inf  # when it is killed, once it has been told to leave
+    pid: int = 0  # 0 while the place is empty
+    empty_until: float = 0.0
+    leave_by: float = math.inf  # when the worker is killed, once it has been told to leave
     killed_for: str = ""
 
     @property
     def leaving(self) -> bool:
         return self.leave_by < math.inf
 
-    def due(self, handler_timeout: float) -> float:
-        """When it is to be killed, as far as can be told now."""
+    def due(self, now: float, handler_timeout: float) -> float:
+        """When its worker is to be killed, or one may be forked, as far as can be told NOW."""
+        if not self.pid or self.killed_for:
+            return self.empty_until if self.empty_until > now else math.inf
         since = self.busy_since[0]  # read once: the worker writes to it meanwhile
         return min(self.leave_by, since + handler_timeout if since else math.inf)
 
@@ -494,14 +501,13 @@ class Child:
 class Manager:
     """Keeps the workers alive.  Signals are data that its loop reads: none is lost, none comes at a bad moment."""
 
-    def __init__(self, invocation: Invocation) -> None:
-        """Raises Failure."""
-        self.invocation = invocation
+    def __init__(self, invocation: Invocation, report: io.FileIO) -> None:
+        """REPORT is read by who starts it: the launcher, or the terminal's user.  Raises Failure."""
+        self.invocation, self.report, self.detached = invocation, report, invocation.action is background
         self.settings = invocation.settings()
         self.pid_file = PidFile(self.settings.pid_file)
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
-        self.children: dict[int, Child] = {}
-        self.vacancies: list[float] = []  # until when the places that are not to be filled at once stay empty
+        self.places: list[Place] = []
         self.reloading = False
 
     @contextmanager
@@ -511,31 +517,33 @@ class Manager:
         signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
         self.pid_file.claim()
         try:
-            self.listener = open_listener(self.settings)
-            self.log_file = open_log(self.settings.log_file)
+            self.listener = Listener(open_listener(self.settings))
+            self.log_file = open_log(self.settings.log_file, self.report)
             yield
         except (Failure, KeyboardInterrupt):
             self.pid_file.release()
             raise
 
-    def run(self, report: io.FileIO, detach: bool) -> None:
-        """Become the daemon and serve until stopped; if detached, tell REPORT of the start.  Raises Failure."""
+    def run(self) -> None:
+        """Become the daemon and serve until stopped.  Raises Failure, with REPORT as the standard error."""
         hold_signals()
         context = DaemonContext(
-            detach_process=detach, umask=UMASK, pidfile=self.pid_file, stdout=self.log_file, stderr=self.log_file,
-            signal_map={}, files_preserve=[self.listener, self.pid_file.lock, report])
-        with failing_to("become a daemon"):
-            context.open()
-        os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
-        self.log_file.close()
-        self.printed = sys.stdout = sys.stderr = Printed()
-        self.pid, self.report = os.getpid(), report
+            detach_process=self.detached, umask=UMASK, pidfile=self.pid_file, stdout=self.log_file,
+            stderr=self.log_file, signal_map={}, files_preserve=[self.listener, self.pid_file.lock, self.report])
+        try:
+            with failing_to("become a daemon"):
+                context.open()
+            os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
+            self.log_file.close()
+            self.printed = sys.stdout = sys.stderr = Printed()
+            self.pid = os.getpid()
+            self.live()
+        finally:
+            os.dup2(0 if self.report.closed else self.report.fileno(), 2)
+
+    def live(self) -> None:
         try:
             self.start()
-            if detach:
-                report.write(f"+{self.pid} started, {self.settings.workers} workers"
-                             f" on port {self.listener.getsockname()[1]}\n".encode())
-                report.close()
             self.serve()
         except Exception as why:
             log(traced(f"Manager Failed: {why}", why.__cause__ or why))
@@ -545,29 +553,36 @@ class Manager:
             self.pid_file.release()
 
     def start(self) -> None:
-        """Load the handler and fork the workers; return when they are up.  Raises Failure, OSError."""
+        """Load the handler and fork the workers; when they are up, say so.  Raises Failure, OSError."""
         log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
             + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
         self.load(self.settings)
         self.lifeline, alive = os.pipe()  # the manager's end alone is for writing: end-of-file means it is gone
         reading, writing = os.pipe()
         came_up, self.up = open(reading, "rb"), io.FileIO(writing, "w")
-        self.not_for_workers = [self.pid_file.lock, io.FileIO(alive, "w"), came_up, self.report]
-        self.spawn_missing()
+        self.not_for_workers = [self.pid_file.lock, io.FileIO(alive, "w"), self.report, came_up]
+        self.renew(self.settings.workers)
+        with failing_to("fork a worker"):
+            self.spawn_missing()
         self.up.close()
         with came_up:
-            if len(came_up.read(len(self.children))) < len(self.children):
+            if len(came_up.read(len(self.places))) < len(self.places):
                 raise Failure("cannot start: a worker died")
         self.notify(f"READY=1\nMAINPID={self.pid}")
+        if self.detached:
+            self.report.write(f"+{self.pid} started, {self.settings.workers} workers"
+                              f" on port {self.listener.getsockname()[1]}\n".encode())
+            self.report.close()
 
     def serve(self) -> None:
         while True:
             try:
                 self.spawn_missing()
-            except Failure as why:
-                log(record("*", f"{why}"))
-                self.vacancies.append(time.monotonic() + RESPAWN_DELAY)
-            if self.reloading and not any(child.leaving for child in self.children.values()):
+            except OSError as why:
+                log(record("*", f"cannot fork a worker: {why.strerror}"))
+                for place in self.places:
+                    place.empty_until = time.monotonic() + RESPAWN_DELAY
+            if self.reloading and not any(place.leaving for place in self.places):
                 self.reloading = False
                 self.notify("READY=1")
             match self.next_signal():
@@ -578,84 +593,79 @@ class Manager:
 
     def stop(self) -> None:
         self.notify("STOPPING=1")
-        self.vacancies.clear()
-        self.retire_all()
-        while self.children:
+        self.renew(0)
+        while self.places:
             self.next_signal()
         log(record("*", "Server Terminated."))
 
     def next_signal(self) -> int:
-        """Wait for a signal, or until a worker is overdue or a place to be filled; look after the workers."""
-        now = time.monotonic()
-        limit = self.settings.handler_timeout  # after which a handler that is called in a moment may be overdue
-        due = min([now + limit, *self.vacancies,
-                   *(child.due(limit) for child in self.children.values() if not child.killed_for)])
+        """Wait for a signal, or until a worker is overdue or may be forked; look after the workers."""
+        now, limit = time.monotonic(), self.settings.handler_timeout
+        due = now + limit  # when a handler that is called in a moment may be overdue
+        for place in self.places:
+            due = min(due, place.due(now, limit))
         signal.setitimer(signal.ITIMER_REAL, max(due - now, 0.001))
         signum = signal.sigwait(LOOP_SIGNALS)
-        if signum == signal.SIGCHLD:
-            self.reap()
-        elif signum != signal.SIGALRM:
+        if signum not in (signal.SIGCHLD, signal.SIGALRM):
             log(record("*", f"Caught {signal.Signals(signum).name}"))
-        self.kill_overdue()
+        for place in list(self.places):
+            if place.pid:
+                self.look_after(place)
         return signum
 
-    def spawn_missing(self) -> None:
-        """Fork workers up to their number.  Raises Failure."""
-        now = time.monotonic()
-        self.vacancies = [until for until in self.vacancies if until > now]
-        staying = sum(not child.leaving for child in self.children.values())
-        missing = self.settings.workers - staying - len(self.vacancies)
-        room = 2 * self.settings.workers - len(self.children)  # those that leave and their successors together
-        if all(child.busy_since[0] for child in self.children.values()):
-            room = max(room, 1)  # for clients who come meanwhile
-        for _ in range(min(missing, room)):
-            self.spawn()
-
-    def spawn(self) -> None:
-        with failing_to("fork a worker"):
-            busy_since = memoryview(mmap.mmap(-1, 8)).cast("d")
-            pid = os.fork()
+    def look_after(self, place: Place) -> None:
+        """Notice that the worker has ended; kill it if it is overdue."""
+        pid, status = os.waitpid(place.pid, os.WNOHANG)
+        now, limit = time.monotonic(), self.settings.handler_timeout
         if pid:
-            self.children[pid] = Child(busy_since)
+            place.pid = 0
+            if status:
+                code = os.waitstatus_to_exitcode(status)
+                cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
+                log(record("*", f"Child Process Died. ({cause}{place.killed_for})", pid))
+                place.empty_until = now + RESPAWN_DELAY
+            if place.leaving:
+                self.places.remove(place)
+        elif place.due(now, limit) <= now:
+            late = place.leave_by <= now
+            place.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
+            os.kill(place.pid, signal.SIGKILL)
+
+    def renew(self, places: int) -> None:
+        """Tell every worker to leave, within the grace; there are to be so many PLACES for their successors."""
+        old = [place for place in self.places if place.pid]
+        self.places = old + [Place(memoryview(mmap.mmap(-1, 8)).cast("d")) for _ in range(places)]
+        for place in old:
+            if not place.leaving:
+                place.leave_by = time.monotonic() + self.settings.grace
+                os.kill(place.pid, signal.SIGTERM)
+
+    def spawn_missing(self) -> None:
+        """Fork workers for the empty places.  Raises OSError."""
+        for place in self.places:
+            if not place.pid and place.empty_until <= time.monotonic() and self.has_room():
+                self.spawn(place)
+
+    def has_room(self) -> bool:
+        """Workers that leave and their successors are no more than twice the number, or one for clients to come."""
+        workers = [place for place in self.places if place.pid]
+        return len(workers) < 2 * self.settings.workers or all(worker.busy_since[0] for worker in workers)
+
+    def spawn(self, place: Place) -> None:
+        place.busy_since[0], place.killed_for = 0.0, ""
+        place.pid = os.fork()
+        if place.pid:
             return
         status = 1
         try:
             for file in self.not_for_workers:
                 file.close()
-            Worker(self, busy_since).run()
+            Worker(self, place.busy_since).run()
             status = 0
         except BaseException as why:
             log(traced("Child Process Failed:", why))
         finally:
             os._exit(status)
-
-    def reap(self) -> None:
-        while self.children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            child = self.children.pop(pid, None)
-            if child and status:  # the others: workers that left, and processes that the handler's module started
-                code = os.waitstatus_to_exitcode(status)
-                cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
-                log(record("*", f"Child Process Died. ({cause}{child.killed_for})", pid))
-                if not child.leaving:
-                    self.vacancies.append(time.monotonic() + RESPAWN_DELAY)
-
-    def retire_all(self) -> None:
-        """Tell every worker to leave, within the grace."""
-        for pid, child in self.children.items():
-            if not child.leaving:
-                child.leave_by = time.monotonic() + self.settings.grace
-                os.kill(pid, signal.SIGTERM)
-
-    def kill_overdue(self) -> None:
-        now, limit = time.monotonic(), self.settings.handler_timeout
-        for pid, child in self.children.items():
-            if child.due(limit) <= now and not child.killed_for:
-                late = child.leave_by <= now
-                child.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
-                os.kill(pid, signal.SIGKILL)
 
     def load(self, settings: Settings) -> None:
         """Take SETTINGS and their handler.  On Failure nothing has changed."""
@@ -689,7 +699,7 @@ class Manager:
         else:
             if waiting := [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]:
                 log(record("*", f"Waiting for a Restart: {', '.join(waiting)}"))
-            self.retire_all()
+            self.renew(self.settings.workers)
 
     def notify(self, state: str) -> None:
         """Tell the service manager, if there is one (sd_notify(3))."""
@@ -700,6 +710,18 @@ class Manager:
                     notifier.sendto(state.encode(), re.sub("^@", "\0", self.notify_socket))
                 except OSError as why:
                     log(record("*", f"Cannot Notify: {why.strerror or why}"))
+
+
+def hold_signals() -> None:
+    """Block what the manager's loop waits for, and have none of it ignored: that could not be waited for.
+
+    What workers do at TERM is set up here, too, so that it counts from their first moment.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
+    for signum in LOOP_SIGNALS:
+        acts = {signal.SIGTERM: Worker.leave, signal.SIGCHLD: lambda *_: None}
+        signal.signal(signum, acts.get(signum, signal.SIG_DFL))
+        signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
 
 
 # ---- Worker -------------------------------------------------------------------------
@@ -716,87 +738,91 @@ class Refused(Exception):
 class Worker:
     """Accepts clients one after the other, until its requests are used up or it is told to leave."""
 
+    told_to_leave = False  # by TERM
+
+    @classmethod
+    def leave(cls, *_: object) -> None:
+        cls.told_to_leave = True
+
     def __init__(self, manager: Manager, busy_since: Any) -> None:
-        """Set up the signals, then let them in; make ready what to wait by."""
+        """Make ready what to wait by; let signals in."""
         self.manager, self.busy_since = manager, busy_since
         self.listener, self.settings, self.handler = manager.listener, manager.settings, manager.handler
-        self.left = self.settings.max_requests
-        self.told_to_leave = False
-        for signum in LOOP_SIGNALS - {signal.SIGTERM, signal.SIGCHLD}:  # to ignore TERM for a moment could lose one
+        self.left, self.pid = self.settings.max_requests, os.getpid()
+        for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM):
             signal.signal(signum, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, self.leave)
-        # For the sake of handlers: of C code that they call, and of processes that they fork, and terminate.
-        signal.siginterrupt(signal.SIGTERM, False)
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        os.register_at_fork(after_in_child=self.forked)
         self.woken, waker = os.pipe()  # so that a signal between the loop's test and its wait ends the wait
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.poller = select.epoll() if hasattr(select, "epoll") else select.poll()
         # A client wakes one of the waiting workers, not all (epoll_ctl(2)).
         self.poller.register(self.listener, select.POLLIN | getattr(select, "EPOLLEXCLUSIVE", 0))
         self.poller.register(self.woken, select.POLLIN)
         self.poller.register(manager.lifeline, select.POLLIN)  # ends the wait when the manager is gone
 
-    def leave(self, *_: object) -> None:
-        self.told_to_leave = True
+    def forked(self) -> None:
+        """In a process that the handler has forked: it can be terminated, and does not keep the client waiting."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.connection.close()
 
     def run(self) -> None:
-        log(record("*", "Child Process Started."))
+        log(record("*", "Child Process Started.", self.pid))
         if not self.manager.up.closed:
             self.manager.up.write(b".")
             self.manager.up.close()
         while self.left and os.getppid() == self.manager.pid:
             try:
-                connection, address = self.listener.accept()
+                self.connection, address = self.listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 if self.told_to_leave:  # and only now: a client may have woken this worker, and so no other
                     break
                 if (self.woken, select.POLLIN) in self.poller.poll():
                     os.read(self.woken, 512)
                 continue
-            with connection:
-                self.serve(connection, address[0].removeprefix("::ffff:"))
+            self.serve(self.connection, address[0].removeprefix("::ffff:"))
             if self.told_to_leave:
                 break
         if self.told_to_leave:
-            log(record("*", "Caught SIGTERM"))
-        log(record("*", f"Child Process Ended. ({self.left})"))
+            log(record("*", "Caught SIGTERM", self.pid))
+        log(record("*", f"Child Process Ended. ({self.left})", self.pid))
 
     def serve(self, connection: socket.socket, client: str) -> None:
         """One request.  A client that leaves without having sent a byte is none."""
         connection.setblocking(False)  # whatever default the handler's module has set
         half_closed = False
-        records = record("-", "Client Query Processing Started.")
+        records = record("-", "Client Query Processing Started.", self.pid)
         try:
             data, half_closed = self.receive(connection)
             if not data and not half_closed:
+                connection.close()
                 return
             text = data.decode()
         except (Refused, UnicodeDecodeError) as why:
             reason = why if isinstance(why, Refused) else f"text is not UTF-8 at byte offset {why.start}"
             reply = f"error: {reason}".encode()
-            log(records + record("-", f"Client: {client}; Refused: {reason}."))
+            log(records + record("-", f"Client: {client}; Refused: {reason}.", self.pid))
         except OSError as why:
-            log(records + record("-", f"Client: {client}; Lost: {why.strerror}.")
-                + record("-", "Client Query Processing Ended."))
+            log(records + record("-", f"Client: {client}; Lost: {why.strerror}.", self.pid)
+                + record("-", "Client Query Processing Ended.", self.pid))
+            connection.close()
             return
         else:
-            records += record("-", f"Client: {client}; Received Text:") + indented(text[:LOGGED])
+            records += record("-", f"Client: {client}; Received Text:", self.pid) + indented(text[:LOGGED])
             if len(text) > LOGGED:
-                records += record("-", f"Logged {LOGGED} of {len(text)} Characters.")
+                records += record("-", f"Logged {LOGGED} of {len(text)} Characters.", self.pid)
             log(records)
             reply = self.handle(text)
         self.left -= 1
         try:
-            self.send(connection, b"%d %b\n" % (os.getpid(), reply))
-            connection.shutdown(socket.SHUT_WR)  # not only closed: a process that the handler forked may have it open
+            self.send(connection, b"%d %b\n" % (self.pid, reply))
             if not half_closed:
                 self.linger(connection)
         except OSError as why:
-            log(record("-", f"Client: {client}; Reply Not Taken: {why.strerror or why}."))
-        log(record("-", "Client Query Processing Ended."))
+            log(record("-", f"Client: {client}; Reply Not Taken: {why.strerror or why}.", self.pid))
+        connection.close()
+        log(record("-", "Client Query Processing Ended.", self.pid))
 
     def receive(self, connection: socket.socket) -> tuple[bytearray, bool]:
         """What the client sent, and whether it half-closed.  Raises Refused, OSError."""
@@ -846,6 +872,7 @@ class Worker:
 
     def linger(self, connection: socket.socket) -> None:
         """Let the reply arrive: to close with data unread resets the connection (RFC 2525, 2.17), reply and all."""
+        connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + self.settings.timeout
         while readable(connection, min(1.0, deadline - time.monotonic())) and connection.recv(RECEIVE_BYTES):
             pass
@@ -871,11 +898,11 @@ def deferred_in_vain(connection: socket.socket) -> bool:
 LOGGED = 2000  # characters of a client's text
 
 
-def open_log(name: str, terminal: io.FileIO | None = None) -> io.FileIO:
-    """The log file, for its owner and group only; or TERMINAL, by default the standard error.  Raises Failure."""
+def open_log(name: str, terminal: io.FileIO) -> io.FileIO:
+    """The log file, for its owner and group only; or TERMINAL, the standard error with -f.  Raises Failure."""
     with failing_to(f"open log file {name}"):
         if name == STANDARD_ERROR:
-            return io.FileIO(os.dup(terminal.fileno() if terminal else 2), "wb")
+            return io.FileIO(os.dup(terminal.fileno()), "wb")
         return io.FileIO(name, "ab", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o640))
 
 
@@ -900,16 +927,15 @@ def whole_second(second: int) -> str:
 
 def indented(text: str) -> str:
     """TEXT as lines that can neither be mistaken for records nor drive a terminal."""
-    lines = text.removesuffix("\n").split("\n") if text else []
-    return "".join([f"    {printable(line)}\n" for line in lines])
+    return "    " + printable(text.removesuffix("\n"), "\n\u3000").replace("\n", "\n    ") + "\n" if text else ""
 
 
-def printable(line: str) -> str:
-    """LINE with all that does not show itself written as in a Python string literal."""
-    if line.isprintable() and "\\" not in line:
-        return line
-    return "".join(c if c == "\u3000" or (c.isprintable() and c != "\\") else c.encode("unicode_escape").decode()
-                   for c in line)
+def printable(text: str, kept: str = "\u3000") -> str:
+    """TEXT with all that does not show itself, but for the KEPT, written as in a Python string literal."""
+    if text.replace(kept[0], "").isprintable() and "\\" not in text:
+        return text
+    return "".join(c if c in kept or (c.isprintable() and c != "\\") else c.encode("unicode_escape").decode()
+                   for c in text)
 
 
 def traced(message: str, why: BaseException) -> str:
