@@ -782,6 +782,7 @@ class Worker:
                     os.read(self.woken, 512)
                 continue
             self.serve(self.connection, address[0].removeprefix("::ffff:"))
+            self.connection.close()  # which sends what was held back, in one packet with the end
             if self.told_to_leave:
                 break
         if self.told_to_leave:
@@ -796,7 +797,6 @@ class Worker:
         try:
             data, half_closed = self.receive(connection)
             if not data and not half_closed:
-                connection.close()
                 return
             text = data.decode()
         except (Refused, UnicodeDecodeError) as why:
@@ -806,7 +806,6 @@ class Worker:
         except OSError as why:
             log(records + record("-", f"Client: {client}; Lost: {why.strerror}.", self.pid)
                 + record("-", "Client Query Processing Ended.", self.pid))
-            connection.close()
             return
         else:
             records += record("-", f"Client: {client}; Received Text:", self.pid) + indented(text[:LOGGED])
@@ -821,7 +820,6 @@ class Worker:
                 self.linger(connection)
         except OSError as why:
             log(record("-", f"Client: {client}; Reply Not Taken: {why.strerror or why}.", self.pid))
-        connection.close()
         log(record("-", "Client Query Processing Ended.", self.pid))
 
     def receive(self, connection: socket.socket) -> tuple[bytearray, bool]:
