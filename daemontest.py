@@ -3,8 +3,7 @@
 
 One manager process keeps a number of workers alive.  All of them accept clients on the one
 listening socket that the manager opened; each connection brings a text and takes a reply.
-To serve something else, write a function from text to text and name it with --handler;
-text_length() below is the one served by default.
+To serve something else, write a function from text to text and name it with --handler.
 
 Signals to the manager:  TERM, INT, QUIT   stop gracefully
                          HUP               reload configuration and handler, reopen the log
@@ -37,14 +36,22 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 from daemon import DaemonContext
-from lockfile.pidlockfile import PIDLockFile
+
+# lockfile imports threading for locks of threads, of which none is used here, and what threading does in each new
+# process would cost a worker a third of its start.  Whoever needs threading gets the real one.
+sys.modules.setdefault("threading", STAND_IN := ModuleType("threading"))
+vars(STAND_IN).update(current_thread=None, Thread=type("Thread", (), {"get_name": None}))
+from lockfile.pidlockfile import PIDLockFile  # noqa: E402
+
+if sys.modules["threading"] is STAND_IN:
+    del sys.modules["threading"]
 
 __version__ = "1.0.0"
 PROGRAM = "daemontest.py"
-Handler = Callable[[str], str]
 
 
 def text_length(text: str) -> str:
@@ -53,11 +60,13 @@ def text_length(text: str) -> str:
 
 
 class Failure(Exception):
-    """What the user is to be told in one line: what failed, and why.  Ends the program with STATUS."""
+    """What the user is to be told in one line: what failed, and why.  Ends the program with EXIT_STATUS."""
 
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
+    exit_status = 1
+
+
+class NotRunning(Failure):
+    exit_status = 3
 
 
 @contextmanager
@@ -66,44 +75,46 @@ def failing_to(act: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as why:
-        raise Failure(f"cannot {act}: {getattr(why, 'strerror', None) or why}") from why
+        reason = str(getattr(why, "strerror", None) or why)
+        raise Failure(f"cannot {act}: {reason.partition(' (while')[0]}") from why  # create_server() repeats the act
 
 
 # ---- Settings -----------------------------------------------------------------------
 
-SECONDS = (0.01, 86400)
-ANY_NAME = r"[^\0]+"
+SECONDS, NAME = (0.01, 86400), r"[^\0]+"
 STANDARD_ERROR = ""  # the name of the log file with -f
-STARTED_IN = "/"  # if that directory has been removed
-with suppress(FileNotFoundError):
+STARTED_AS, STARTED_IN = os.getpid(), "/"
+with suppress(FileNotFoundError):  # that directory may have been removed
     STARTED_IN = os.getcwd()
+
+
+def absolute(path: str) -> str:
+    return os.path.join(STARTED_IN, os.path.expanduser(path))
 
 
 def setting(default: Any, fits: Any, metavar: str, about: str, *short: str) -> Any:
     """One setting; FITS are the limits of a number, or the pattern of a text."""
-    shown = f"{default:g}" if fits is SECONDS else str(default)
-    return dataclasses.field(default=default, metadata={
-        "fits": fits, "short": short, "metavar": metavar, "help": about.replace("%", shown)})
+    about = about.replace("%", f"{default:g}" if fits is SECONDS else str(default))
+    return dataclasses.field(default=absolute(default) if metavar == "FILE" else default, metadata={
+        "fits": fits, "short": short, "metavar": metavar, "help": about})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Every setting: a long option and, with _ for -, a key of the configuration file."""
 
-    bind: str = setting("", ANY_NAME, "ADDRESS", "where to listen (default: every address, IPv4 and IPv6)", "-b")
+    bind: str = setting("", NAME, "ADDRESS", "where to listen (default: every address, IPv4 and IPv6)", "-b")
     port: int = setting(36000, (1, 65535), "N", "TCP port (default: %)", "-p")
     workers: int = setting(5, (1, 10000), "N", "pre-forked worker processes (default: %)", "-w")
     max_requests: int = setting(100, (1, 10**9), "N", "requests until a worker is replaced (default: %)", "-n")
     handler: str = setting("__main__:text_length", r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION",
                            "the service, a function from text to text (default: the length of the text)")
     timeout: float = setting(10.0, SECONDS, "SECONDS", "for a client's text, and for its reply (default: %)")
-    handler_timeout: float = setting(30.0, SECONDS, "SECONDS",
-                                     "until a worker whose handler runs on is killed and replaced (default: %)")
-    grace: float = setting(30.0, SECONDS, "SECONDS",
-                           "for workers to finish at a stop or reload before they are killed (default: %)")
+    handler_timeout: float = setting(30.0, SECONDS, "SECONDS", "for the handler, or its worker is killed (default: %)")
+    grace: float = setting(30.0, SECONDS, "SECONDS", "for workers to finish at a stop or reload (default: %)")
     max_text: int = setting(2**24, (1, 2**40), "BYTES", "longer texts are refused (default: %)")
-    pid_file: str = setting("~/daemontest.pid", ANY_NAME, "FILE", "holds the manager's process ID (default: %)")
-    log_file: str = setting("~/daemontest.log", ANY_NAME, "FILE", "the log (default: %; with -f standard error)")
+    pid_file: str = setting("~/daemontest.pid", NAME, "FILE", "holds the manager's process ID (default: %)")
+    log_file: str = setting("~/daemontest.log", NAME, "FILE", "the log (default: %; with -f standard error)")
     directory: str = STARTED_IN  # where the handler is searched for first; not a setting of the user's
 
 
@@ -116,20 +127,15 @@ def fitting(name: str, value: Any) -> Any:
     if name not in FIELDS:
         raise ValueError(f"unknown key, expected one of {', '.join(FIELDS)}")
     kind: Any = type(FIELDS[name].default)
-    fits = FIELDS[name].metadata["fits"]
+    fits, metavar = FIELDS[name].metadata["fits"], FIELDS[name].metadata["metavar"]
     if kind is str:
-        good = isinstance(value, str) and re.fullmatch(fits, value)
-        expected = f"a string, {FIELDS[name].metadata['metavar']}"
+        good, expected = isinstance(value, str) and re.fullmatch(fits, value), f"a string, {metavar}"
     else:
         good = type(value) in (int, kind) and fits[0] <= value <= fits[1]  # a bool is no number here
         expected = f"a {'whole number' if kind is int else 'number of seconds'} from {fits[0]} to {fits[1]}"
     if not good:
         raise ValueError(f"expected {expected}")
-    return kind(value)
-
-
-def absolute(path: str) -> str:
-    return os.path.join(STARTED_IN, os.path.expanduser(path))
+    return absolute(value) if metavar == "FILE" else kind(value)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -147,25 +153,16 @@ def read_config(path: str) -> dict[str, Any]:
     return values
 
 
-@dataclasses.dataclass(frozen=True)
-class Invocation:
-    """The command line, which a reload needs again."""
-
-    action: Callable[[Invocation], None]
-    config: str | None
-    given: dict[str, Any]
-
-    def settings(self) -> Settings:
-        """The command line over the configuration file over the defaults.  Raises Failure."""
-        config = absolute("~/daemontest.toml" if self.config is None else self.config)
-        values: dict[str, Any] = {"log_file": STANDARD_ERROR} if self.action is foreground else {}
-        if self.config is not None or os.path.exists(config):
-            values |= read_config(config) | {"directory": os.path.dirname(config)}
-        settings = Settings(**values | self.given)
-        pid_file, log_file = absolute(settings.pid_file), settings.log_file and absolute(settings.log_file)
-        if pid_file == log_file:
-            raise Failure(f"bad settings: pid_file and log_file are both {pid_file}")
-        return dataclasses.replace(settings, pid_file=pid_file, log_file=log_file)
+def read_settings(options: argparse.Namespace) -> Settings:
+    """The command line over the configuration file over the defaults.  Raises Failure."""
+    path = absolute("~/daemontest.toml" if options.config is None else options.config)
+    values: dict[str, Any] = {"log_file": STANDARD_ERROR} if options.action is foreground else {}
+    if options.config is not None or os.path.exists(path):
+        values |= read_config(path) | {"directory": os.path.dirname(path)}
+    settings = Settings(**values | {name: value for name, value in vars(options).items() if name in FIELDS})
+    if settings.pid_file == settings.log_file:
+        raise Failure(f"bad settings: pid_file and log_file are both {settings.pid_file}")
+    return settings
 
 
 # ---- Command line -------------------------------------------------------------------
@@ -173,12 +170,12 @@ class Invocation:
 
 def main() -> None:
     mend_standard_streams()
-    invocation = parse_command_line()
+    options = parse_command_line()
     failure, exit_status = "", 0
     try:
-        invocation.action(invocation)
+        options.action(options)
     except Failure as why:
-        failure, exit_status = str(why), why.status
+        failure, exit_status = str(why), why.exit_status
     except KeyboardInterrupt:
         failure, exit_status = "interrupted", 1
     with suppress(Exception):
@@ -186,12 +183,6 @@ def main() -> None:
     with suppress(OSError):
         os.write(2, f"{PROGRAM}: {printable(failure)}\n".encode() if failure else b"")
     os._exit(exit_status)  # at once: a thread that a handler's module started must not keep it
-
-
-def say(outcome: str) -> None:
-    """Write OUTCOME as a line of standard output.  Raises Failure."""
-    with failing_to("write to standard output"):
-        print(outcome, file=sys.__stdout__, flush=True)
 
 
 def mend_standard_streams() -> None:
@@ -203,7 +194,8 @@ def mend_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
-def parse_command_line() -> Invocation:
+def parse_command_line() -> argparse.Namespace:
+    """The action, the name of the configuration file, and those settings that are given."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage="%(prog)s [-f | -t | --reload | --status | --check] [-c FILE] [SETTING ...]",
         description="A pre-forking TCP service, text in, text out. Without an action it starts in the background.",
@@ -223,49 +215,55 @@ def parse_command_line() -> Invocation:
         about = field.metadata
         settings.add_argument(*about["short"], f"--{name.replace('_', '-')}", type=type(field.default),
                               default=argparse.SUPPRESS, metavar=about["metavar"], help=about["help"])
-    given = vars(parser.parse_args())
-    action, config = given.pop("action"), given.pop("config")
-    for name, value in given.items():
+    options = parser.parse_args()
+    for name in FIELDS.keys() & vars(options):
         try:
-            given[name] = fitting(name, value)
+            setattr(options, name, fitting(name, getattr(options, name)))
         except ValueError as why:
             parser.error(f"--{name.replace('_', '-')}: {why}")
-    return Invocation(action, config, given)
+    return options
 
 
-def status(invocation: Invocation) -> None:
+def say(outcome: str) -> None:
+    """Write OUTCOME as a line of standard output.  Raises Failure."""
+    with failing_to("write to standard output"):
+        print(outcome, file=sys.__stdout__, flush=True)
+
+
+def status(options: argparse.Namespace) -> None:
     """print the process ID of the running service, or exit with 3"""
-    pid = running_service(invocation).read_pid()
+    pid = running_service(options).read_pid()
     if pid is None:
-        raise Failure("not running", 3)
+        raise NotRunning("not running")
     say(str(pid))
 
 
-def terminate(invocation: Invocation) -> None:
+def terminate(options: argparse.Namespace) -> None:
     """stop the service gracefully; return when all its processes are gone"""
-    say(f"{PROGRAM} {running_service(invocation).signal_manager(signal.SIGTERM, wait=True)} Server terminated.")
+    say(f"{PROGRAM} {running_service(options).signal_manager(signal.SIGTERM, wait=True)} Server terminated.")
 
 
-def running_service(invocation: Invocation) -> PidFile:
+def running_service(options: argparse.Namespace) -> PidFile:
     """The PID file to ask.  A configuration that broke since the start must not keep the service from being stopped."""
     try:
-        return PidFile(invocation.settings().pid_file)
+        return PidFile(read_settings(options).pid_file)
     except Failure:
-        pid_file = PidFile(dataclasses.replace(invocation, config=os.devnull).settings().pid_file)
+        options.config = os.devnull
+        pid_file = PidFile(read_settings(options).pid_file)
         if pid_file.read_pid() is None:
             raise
         return pid_file
 
 
-def check(invocation: Invocation) -> None:
+def check(options: argparse.Namespace) -> None:
     """check the configuration and the handler; start nothing"""
-    load_handler(invocation.settings())
+    load_handler(read_settings(options))
     say(f"{PROGRAM}: configuration is good")
 
 
-def reload(invocation: Invocation) -> None:
+def reload(options: argparse.Namespace) -> None:
     """check as --check does; if all is good, have the service use it"""
-    settings = invocation.settings()
+    settings = read_settings(options)
     load_handler(settings)
     say(f"{PROGRAM}: {PidFile(settings.pid_file).signal_manager(signal.SIGHUP)} reloads")
 
@@ -273,90 +271,65 @@ def reload(invocation: Invocation) -> None:
 # ---- Start --------------------------------------------------------------------------
 
 UMASK = 0o027
-LOOP_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM}
+STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+LOOP_SIGNALS = STOPS | {signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM}
 
 
-def background(invocation: Invocation) -> None:
+def background(options: argparse.Namespace) -> None:
     """start detached; return when the service answers"""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with failing_to("start"):
         reading, writing = os.pipe()
-    manager = Manager(invocation, io.FileIO(writing, "w"))
+    manager = Manager(options, writing)
     with manager.prepared():
         with failing_to("fork"):
-            child = os.fork()
-        if child == 0:
+            in_launcher = os.fork()
+        if not in_launcher:
             os.close(reading)
             return manager.run()
-        manager.report.close()
-        manager.listener.close()
+        os.close(writing)
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
             with open(reading, "rb") as report:
                 outcome = report.readline()
-                os.waitpid(child, 0)
-                if not outcome:
-                    raise Failure("cannot start: the manager died")
                 if not outcome.startswith(b"+"):
-                    with suppress(OSError):
-                        os.write(2, outcome + report.read())  # which ends when the manager does
-                    raise Failure("")
-        except KeyboardInterrupt:  # the import of a handler may hang, and then takes no other signal
+                    os.write(2, outcome + report.read())  # which ends when the manager does
+                    raise Failure("" if outcome else "cannot start: the manager died")
+            say(f"{PROGRAM}: {outcome[1:-1].decode()}")
+        except (Failure, KeyboardInterrupt) as why:  # a start that fails leaves nothing behind
+            hangs = isinstance(why, KeyboardInterrupt)  # maybe in the import of a handler, which takes no other signal
             with suppress(Failure):
-                manager.pid_file.signal_manager(signal.SIGKILL, wait=True)
+                manager.pid_file.signal_manager(signal.SIGKILL if hangs else signal.SIGTERM, wait=True)
             raise
-    try:
-        say(f"{PROGRAM}: {outcome[1:-1].decode()}")
-    except Failure:
-        manager.pid_file.signal_manager(signal.SIGTERM, wait=True)  # a start that fails leaves nothing behind
-        raise
 
 
-def foreground(invocation: Invocation) -> None:
+def foreground(options: argparse.Namespace) -> None:
     """serve without detaching, until a signal such as Ctrl-C"""
-    manager = Manager(invocation, io.FileIO(os.dup(2), "w"))
+    manager = Manager(options, os.dup(2))
     with manager.prepared():
         manager.run()
-
-
-class Listener(socket.socket):
-    """A listening socket whose accept() does not work out anew for each client what its own constructor takes."""
-
-    family: Any = None
-    type: Any = socket.SOCK_STREAM
-    proto: Any = socket.IPPROTO_TCP
-
-    def __init__(self, opened: socket.socket) -> None:
-        Listener.family = opened.family
-        super().__init__(self.family, self.type, self.proto, opened.detach())
 
 
 def open_listener(settings: Settings) -> socket.socket:
     """The one listening socket: the service manager's (sd_listen_fds(3)) or a new one.  Raises Failure."""
     handed_over, for_whom, _ = (os.environ.pop(f"LISTEN_{name}", "") for name in ("FDS", "PID", "FDNAMES"))
     if handed_over and for_whom == str(os.getpid()):
-        try:
+        with suppress(OSError):
             listener = socket.socket(fileno=3)
-            if handed_over != "1" or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise OSError
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # refused by what is not TCP
-        except OSError as why:
-            raise Failure("cannot use LISTEN_FDS: expected one listening TCP socket") from why
-        listener.set_inheritable(False)
-        return listener
-    try:
+            listener.set_inheritable(False)
+            if handed_over == "1" and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return listener
+        raise Failure("cannot use LISTEN_FDS: expected one listening TCP socket")
+    with failing_to(f"listen on {settings.bind} port {settings.port}".replace("  ", " ")):
         dual = not settings.bind and socket.has_dualstack_ipv6()
         family, address = socket.AF_INET6 if dual else socket.AF_INET, (settings.bind, settings.port)
         if settings.bind:
             found: list[Any] = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
             family, _, _, _, address = min(found)  # IPv4, if the name has such an address
         return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
-    except (OSError, UnicodeError) as why:
-        reason = str(getattr(why, "strerror", why)).partition(" (while")[0]  # create_server() repeats the address
-        raise Failure(f"cannot listen on {settings.bind} port {settings.port}: {reason}".replace("  ", " ")) from why
 
 
-def load_handler(settings: Settings) -> Handler:
+def load_handler(settings: Settings) -> Callable[[str], str]:
     """Import the handler anew, with its package and what came from its directory.  On Failure nothing has changed."""
     module_name, function_name = settings.handler.split(":")
     modules, path = dict(sys.modules), list(sys.path)
@@ -368,7 +341,7 @@ def load_handler(settings: Settings) -> Handler:
     importlib.invalidate_caches()
     sys.path[:] = [settings.directory, *(entry for entry in path if entry != settings.directory)]
     try:
-        handler: Handler = getattr(importlib.import_module(module_name), function_name)
+        handler: Callable[[str], str] = getattr(importlib.import_module(module_name), function_name)
         if not callable(handler):
             raise TypeError(f"{function_name} is not a function")
     except BaseException as why:  # SystemExit too: a module must not end the manager
@@ -398,15 +371,14 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Take the lock for the manager to be.  Raises Failure."""
         with failing_to(f"use PID file {self.path}"):
             for _ in patiently(0.001):
-                with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644), "r+b", 0) as file:
-                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                        raise OSError(errno.EINVAL, "not a regular file")
-                    if not flocked(file, fcntl.LOCK_SH):  # which only an exclusive lock, a manager's, prevents
-                        raise Failure("cannot start: already running")
-                    file.truncate(0)  # while no manager can be: so a leftover PID never stands beside its lock
-                    if flocked(file, fcntl.LOCK_EX) and self.is_at_path(file):
-                        self.lock = io.FileIO(os.dup(file.fileno()), "r+")
-                        return
+                self.lock = io.FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644), "r+")
+                if not stat.S_ISREG(os.fstat(self.lock.fileno()).st_mode):
+                    raise OSError(errno.EINVAL, "not a regular file")
+                if not flocked(self.lock, fcntl.LOCK_SH):  # which only an exclusive lock, a manager's, prevents
+                    raise Failure("cannot start: already running")
+                self.lock.truncate(0)  # while no manager can be: so a leftover PID never stands beside its lock
+                if flocked(self.lock, fcntl.LOCK_EX) and self.is_at_path():
+                    return
 
     def acquire(self, timeout: float | None = None) -> None:
         """Write this process's PID under the lock, which was claimed before the forks."""
@@ -414,17 +386,17 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def release(self) -> None:
         """Remove the file, or empty it.  The lock stays until the process has ended, which is what it tells."""
-        if self.is_at_path(self.lock):
+        if self.is_at_path():
             try:
                 os.unlink(self.path)
             except OSError:  # in a directory that lets nothing be removed
                 self.lock.truncate(0)
 
-    def is_at_path(self, file: io.FileIO) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
-        except OSError:
-            return False
+    def is_at_path(self) -> bool:
+        """Whether the path still names the file that is locked."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path))
+        return False
 
     def read_pid(self) -> int | None:
         """PID of the living manager, or None.  Waits until one that is starting has written it.  Raises Failure."""
@@ -474,41 +446,42 @@ def patiently(pause: float) -> Iterator[None]:
 # ---- Manager ------------------------------------------------------------------------
 
 RESPAWN_DELAY = 1.0  # s until the place of a worker that died is filled again
+NOT_UP, IDLE = -1.0, 0.0
 
 
-@dataclasses.dataclass(eq=False)
-class Place:
-    """The place of one worker, and what the manager knows of the worker in it."""
+class Child:
+    """What the manager knows of a worker."""
 
-    busy_since: Any  # shared with the worker: [0] is time.monotonic() of the call of its handler, or 0
-    pid: int = 0  # 0 while the place is empty
-    empty_until: float = 0.0
-    leave_by: float = math.inf  # when the worker is killed, once it has been told to leave
-    killed_for: str = ""
+    def __init__(self, busy_since: Any) -> None:
+        self.busy_since = busy_since  # shared with the worker: [0] is NOT_UP, IDLE, or when its handler was called
+        busy_since[0] = NOT_UP
+        self.leave_by = math.inf  # when it is killed, once it has been told to leave
+        self.killed_for = ""
 
     @property
-    def leaving(self) -> bool:
-        return self.leave_by < math.inf
+    def settled(self) -> bool:
+        return self.busy_since[0] != NOT_UP and self.leave_by == math.inf
 
-    def due(self, now: float, handler_timeout: float) -> float:
-        """When its worker is to be killed, or one may be forked, as far as can be told NOW."""
-        if not self.pid or self.killed_for:
-            return self.empty_until if self.empty_until > now else math.inf
+    def due(self, handler_timeout: float) -> float:
+        """When it is to be killed, as far as can be told now."""
         since = self.busy_since[0]  # read once: the worker writes to it meanwhile
-        return min(self.leave_by, since + handler_timeout if since else math.inf)
+        if self.killed_for:
+            return math.inf
+        return min(self.leave_by, since + handler_timeout if since > IDLE else math.inf)
 
 
 class Manager:
     """Keeps the workers alive.  Signals are data that its loop reads: none is lost, none comes at a bad moment."""
 
-    def __init__(self, invocation: Invocation, report: io.FileIO) -> None:
+    def __init__(self, options: argparse.Namespace, report: int) -> None:
         """REPORT is read by who starts it: the launcher, or the terminal's user.  Raises Failure."""
-        self.invocation, self.report, self.detached = invocation, report, invocation.action is background
-        self.settings = invocation.settings()
+        self.options, self.report, self.settings = options, report, read_settings(options)
         self.pid_file = PidFile(self.settings.pid_file)
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
-        self.places: list[Place] = []
-        self.reloading = False
+        self.children: dict[int, Child] = {}
+        self.spare: list[Any] = []  # what was shared with workers that have ended
+        self.vacant_until: list[float] = []  # when the places of workers that died may be filled
+        self.starting, self.ready = True, False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -517,7 +490,7 @@ class Manager:
         signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
         self.pid_file.claim()
         try:
-            self.listener = Listener(open_listener(self.settings))
+            self.listener = open_listener(self.settings)
             self.log_file = open_log(self.settings.log_file, self.report)
             yield
         except (Failure, KeyboardInterrupt):
@@ -527,140 +500,134 @@ class Manager:
     def run(self) -> None:
         """Become the daemon and serve until stopped.  Raises Failure, with REPORT as the standard error."""
         hold_signals()
-        context = DaemonContext(
-            detach_process=self.detached, umask=UMASK, pidfile=self.pid_file, stdout=self.log_file,
-            stderr=self.log_file, signal_map={}, files_preserve=[self.listener, self.pid_file.lock, self.report])
         try:
             with failing_to("become a daemon"):
-                context.open()
+                DaemonContext(
+                    detach_process=self.options.action is background, umask=UMASK, pidfile=self.pid_file,
+                    stdout=self.log_file, stderr=self.log_file, signal_map={},
+                    files_preserve=[self.listener, self.pid_file.lock, self.report]).open()
             os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
             self.log_file.close()
             self.printed = sys.stdout = sys.stderr = Printed()
             self.pid = os.getpid()
-            self.live()
-        finally:
-            os.dup2(0 if self.report.closed else self.report.fileno(), 2)
-
-    def live(self) -> None:
-        try:
-            self.start()
+            self.lifeline, alive = os.pipe()  # the manager's end alone is for writing: end-of-file means it is gone
+            self.not_for_workers = [self.pid_file.lock.fileno(), alive, self.report]
             self.serve()
+        finally:
+            os.dup2(self.report, 2)
+
+    def serve(self) -> None:
+        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
+            + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
+        try:
+            self.load(self.settings)
+            os.register_at_fork(after_in_child=lambda: self.worker.forked())
+            signum = 0
+            while signum not in STOPS:
+                if signum == signal.SIGHUP:
+                    self.reload()
+                self.spawn_missing()
+                if not self.ready and all(child.settled for child in self.children.values()):
+                    self.tell_ready()
+                signum = self.next_signal()
+                if self.starting and self.vacant_until:
+                    raise Failure("cannot start: a worker died")
         except Exception as why:
             log(traced(f"Manager Failed: {why}", why.__cause__ or why))
             raise Failure(str(why)) from why
         finally:
-            self.stop()
+            self.notify("STOPPING=1")
+            self.dismiss_workers()
+            while self.children:
+                self.next_signal()
+            log(record("*", "Server Terminated."))
             self.pid_file.release()
 
-    def start(self) -> None:
-        """Load the handler and fork the workers; when they are up, say so.  Raises Failure, OSError."""
-        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
-            + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
-        self.load(self.settings)
-        self.lifeline, alive = os.pipe()  # the manager's end alone is for writing: end-of-file means it is gone
-        reading, writing = os.pipe()
-        came_up, self.up = open(reading, "rb"), io.FileIO(writing, "w")
-        self.not_for_workers = [self.pid_file.lock, io.FileIO(alive, "w"), self.report, came_up]
-        self.renew(self.settings.workers)
-        with failing_to("fork a worker"):
-            self.spawn_missing()
-        self.up.close()
-        with came_up:
-            if len(came_up.read(len(self.places))) < len(self.places):
-                raise Failure("cannot start: a worker died")
+    def tell_ready(self) -> None:
+        """Tell who waits that all workers are up, and no old ones left."""
+        self.ready = True
         self.notify(f"READY=1\nMAINPID={self.pid}")
-        if self.detached:
-            self.report.write(f"+{self.pid} started, {self.settings.workers} workers"
-                              f" on port {self.listener.getsockname()[1]}\n".encode())
-            self.report.close()
-
-    def serve(self) -> None:
-        while True:
-            try:
-                self.spawn_missing()
-            except OSError as why:
-                log(record("*", f"cannot fork a worker: {why.strerror}"))
-                for place in self.places:
-                    place.empty_until = time.monotonic() + RESPAWN_DELAY
-            if self.reloading and not any(place.leaving for place in self.places):
-                self.reloading = False
-                self.notify("READY=1")
-            match self.next_signal():
-                case signal.SIGHUP:
-                    self.reload()
-                case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT:
-                    return
-
-    def stop(self) -> None:
-        self.notify("STOPPING=1")
-        self.renew(0)
-        while self.places:
-            self.next_signal()
-        log(record("*", "Server Terminated."))
+        if self.starting and self.options.action is background:
+            workers, port = self.settings.workers, self.listener.getsockname()[1]
+            os.write(self.report, f"+{self.pid} started, {workers} workers on port {port}\n".encode())
+            os.close(self.not_for_workers.pop())
+            self.report = 0  # the null device: nobody waits any more
+        self.starting = False
 
     def next_signal(self) -> int:
-        """Wait for a signal, or until a worker is overdue or may be forked; look after the workers."""
+        """Kill the workers that are overdue; wait for a signal, or until something is due; bury those that ended."""
         now, limit = time.monotonic(), self.settings.handler_timeout
-        due = now + limit  # when a handler that is called in a moment may be overdue
-        for place in self.places:
-            due = min(due, place.due(now, limit))
-        signal.setitimer(signal.ITIMER_REAL, max(due - now, 0.001))
+        soonest = min([now + limit, *self.vacant_until])  # a handler called in a moment may be due after LIMIT
+        for pid, child in self.children.items():
+            due = child.due(limit)
+            if due <= now:
+                late = child.leave_by <= now
+                child.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
+                os.kill(pid, signal.SIGKILL)
+            elif due < soonest:
+                soonest = due
+        signal.setitimer(signal.ITIMER_REAL, max(soonest - now, 0.001))
         signum = signal.sigwait(LOOP_SIGNALS)
         if signum not in (signal.SIGCHLD, signal.SIGALRM):
             log(record("*", f"Caught {signal.Signals(signum).name}"))
-        for place in list(self.places):
-            if place.pid:
-                self.look_after(place)
+        while self.children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            self.bury(*ended)
         return signum
 
-    def look_after(self, place: Place) -> None:
-        """Notice that the worker has ended; kill it if it is overdue."""
-        pid, status = os.waitpid(place.pid, os.WNOHANG)
-        now, limit = time.monotonic(), self.settings.handler_timeout
-        if pid:
-            place.pid = 0
-            if status:
-                code = os.waitstatus_to_exitcode(status)
-                cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
-                log(record("*", f"Child Process Died. ({cause}{place.killed_for})", pid))
-                place.empty_until = now + RESPAWN_DELAY
-            if place.leaving:
-                self.places.remove(place)
-        elif place.due(now, limit) <= now:
-            late = place.leave_by <= now
-            place.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
-            os.kill(place.pid, signal.SIGKILL)
+    def bury(self, pid: int, status: int) -> None:
+        if not (child := self.children.pop(pid, None)):
+            return  # it was forked by a handler's module
+        self.spare.append(child.busy_since)
+        if status:
+            code = os.waitstatus_to_exitcode(status)
+            cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
+            log(record("*", f"Child Process Died. ({cause}{child.killed_for})", pid))
+            if child.leave_by == math.inf:
+                self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
 
-    def renew(self, places: int) -> None:
-        """Tell every worker to leave, within the grace; there are to be so many PLACES for their successors."""
-        old = [place for place in self.places if place.pid]
-        self.places = old + [Place(memoryview(mmap.mmap(-1, 8)).cast("d")) for _ in range(places)]
-        for place in old:
-            if not place.leaving:
-                place.leave_by = time.monotonic() + self.settings.grace
-                os.kill(place.pid, signal.SIGTERM)
+    def dismiss_workers(self) -> None:
+        """Tell every worker to leave, within the grace; their successors need not wait."""
+        self.vacant_until.clear()
+        for pid, child in self.children.items():
+            if child.leave_by == math.inf:
+                child.leave_by = time.monotonic() + self.settings.grace
+                os.kill(pid, signal.SIGTERM)
 
     def spawn_missing(self) -> None:
-        """Fork workers for the empty places.  Raises OSError."""
-        for place in self.places:
-            if not place.pid and place.empty_until <= time.monotonic() and self.has_room():
-                self.spawn(place)
+        """Fork workers for the empty places.  Raises Failure if that cannot be, and the service is only starting.
 
-    def has_room(self) -> bool:
-        """Workers that leave and their successors are no more than twice the number, or one for clients to come."""
-        workers = [place for place in self.places if place.pid]
-        return len(workers) < 2 * self.settings.workers or all(worker.busy_since[0] for worker in workers)
+        Workers that leave and their successors are no more than twice the number, or one for clients to come.
+        """
+        if self.vacant_until:
+            self.vacant_until = [until for until in self.vacant_until if until > time.monotonic()]
+        while True:
+            taken, free = len(self.vacant_until), 0
+            for child in self.children.values():
+                taken += child.leave_by == math.inf
+                free += child.busy_since[0] <= IDLE
+            if taken >= self.settings.workers or (free and len(self.children) >= 2 * self.settings.workers):
+                return
+            try:
+                self.spawn()
+            except OSError as why:
+                if self.starting:
+                    raise Failure(f"cannot fork a worker: {why.strerror}") from why
+                log(record("*", f"cannot fork a worker: {why.strerror}"))
+                self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
 
-    def spawn(self, place: Place) -> None:
-        place.busy_since[0], place.killed_for = 0.0, ""
-        place.pid = os.fork()
-        if place.pid:
+    def spawn(self) -> None:
+        child = Child(self.spare.pop() if self.spare else memoryview(mmap.mmap(-1, 8)).cast("d"))
+        if pid := os.fork():
+            self.children[pid] = child
             return
         status = 1
         try:
-            for file in self.not_for_workers:
-                file.close()
-            Worker(self, place.busy_since).run()
+            for descriptor in self.not_for_workers:
+                os.close(descriptor)
+            self.worker.set_up(child.busy_since)
+            if not self.ready and os.getppid() == self.pid:
+                os.kill(self.pid, signal.SIGALRM)  # has the manager look
+            self.worker.run()
             status = 0
         except BaseException as why:
             log(traced("Child Process Failed:", why))
@@ -671,11 +638,12 @@ class Manager:
         """Take SETTINGS and their handler.  On Failure nothing has changed."""
         log(record("*", f"Manager Process ID: {self.pid}") + record("*", "Loading configuration."))
         try:
-            self.handler = load_handler(settings)
+            handler = load_handler(settings)
         finally:
             hold_signals()  # whatever the handler's module has made of them
             self.printed.flush()
         self.settings = settings
+        self.worker = Worker(self, handler)
         self.listener.setblocking(False)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
             self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
@@ -685,21 +653,21 @@ class Manager:
 
     def reload(self) -> None:
         """Take the configuration and the handler anew and replace all workers; if anything is wrong, change nothing."""
-        self.reloading = True
+        self.ready = False
         self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         running = self.settings
         try:
-            new = self.invocation.settings()
+            new = read_settings(self.options)
             with open_log(new.log_file, self.report) as log_file:
                 self.load(dataclasses.replace(new, **{key: getattr(running, key) for key in WAIT_FOR_RESTART}))
                 os.dup2(log_file.fileno(), 1)
                 os.dup2(log_file.fileno(), 2)
         except Failure as why:
-            log(record("*", f"Nothing Changed: {why}"))
+            log(record("*", f"Nothing Changed: {printable(str(why))}"))
         else:
             if waiting := [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]:
                 log(record("*", f"Waiting for a Restart: {', '.join(waiting)}"))
-            self.renew(self.settings.workers)
+            self.dismiss_workers()
 
     def notify(self, state: str) -> None:
         """Tell the service manager, if there is one (sd_notify(3))."""
@@ -719,8 +687,7 @@ def hold_signals() -> None:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
     for signum in LOOP_SIGNALS:
-        acts = {signal.SIGTERM: Worker.leave, signal.SIGCHLD: lambda *_: None}
-        signal.signal(signum, acts.get(signum, signal.SIG_DFL))
+        signal.signal(signum, Worker.leave if signum == signal.SIGTERM else lambda *_: None)
         signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
 
 
@@ -739,93 +706,94 @@ class Worker:
     """Accepts clients one after the other, until its requests are used up or it is told to leave."""
 
     told_to_leave = False  # by TERM
+    connection: socket.SocketType | None = None  # the client in hand, or the last one
 
     @classmethod
     def leave(cls, *_: object) -> None:
         cls.told_to_leave = True
 
-    def __init__(self, manager: Manager, busy_since: Any) -> None:
+    def __init__(self, manager: Manager, handler: Callable[[str], str]) -> None:
+        """In the manager: what all workers until the next reload have in common."""
+        self.manager, self.settings, self.handler = manager.pid, manager.settings, handler
+        self.listener, self.lifeline, self.printed = manager.listener, manager.lifeline, manager.printed
+        self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
+        self.max_text, self.left = self.settings.max_text, self.settings.max_requests
+
+    def forked(self) -> None:
+        """In a process that the handler has forked: it can be terminated, and does not keep the client waiting."""
+        if self.connection:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self.connection.close()
+
+    def set_up(self, busy_since: Any) -> None:
         """Make ready what to wait by; let signals in."""
-        self.manager, self.busy_since = manager, busy_since
-        self.listener, self.settings, self.handler = manager.listener, manager.settings, manager.handler
-        self.left, self.pid = self.settings.max_requests, os.getpid()
+        self.pid, self.busy_since = os.getpid(), busy_since
         for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM):
             signal.signal(signum, signal.SIG_IGN)
-        os.register_at_fork(after_in_child=self.forked)
         self.woken, waker = os.pipe()  # so that a signal between the loop's test and its wait ends the wait
         os.set_blocking(waker, False)
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(waker)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.poller = select.epoll() if hasattr(select, "epoll") else select.poll()
         # A client wakes one of the waiting workers, not all (epoll_ctl(2)).
         self.poller.register(self.listener, select.POLLIN | getattr(select, "EPOLLEXCLUSIVE", 0))
         self.poller.register(self.woken, select.POLLIN)
-        self.poller.register(manager.lifeline, select.POLLIN)  # ends the wait when the manager is gone
-
-    def forked(self) -> None:
-        """In a process that the handler has forked: it can be terminated, and does not keep the client waiting."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.connection.close()
+        self.poller.register(self.lifeline, select.POLLIN)  # ends the wait when the manager is gone
+        log(record("*", "Child Process Started."))
+        self.busy_since[0] = IDLE
 
     def run(self) -> None:
-        log(record("*", "Child Process Started.", self.pid))
-        if not self.manager.up.closed:
-            self.manager.up.write(b".")
-            self.manager.up.close()
-        while self.left and os.getppid() == self.manager.pid:
+        while self.left and os.getppid() == self.manager:
             try:
-                self.connection, address = self.listener.accept()
+                descriptor, address = self.listener._accept()  # type: ignore[attr-defined]  # accept() makes much of it
             except (BlockingIOError, ConnectionAbortedError):
                 if self.told_to_leave:  # and only now: a client may have woken this worker, and so no other
                     break
                 if (self.woken, select.POLLIN) in self.poller.poll():
                     os.read(self.woken, 512)
                 continue
+            self.connection = socket.SocketType(*self.kind, descriptor)
             self.serve(self.connection, address[0].removeprefix("::ffff:"))
             self.connection.close()  # which sends what was held back, in one packet with the end
             if self.told_to_leave:
                 break
         if self.told_to_leave:
-            log(record("*", "Caught SIGTERM", self.pid))
-        log(record("*", f"Child Process Ended. ({self.left})", self.pid))
+            log(record("*", "Caught SIGTERM"))
+        log(record("*", f"Child Process Ended. ({self.left})"))
 
-    def serve(self, connection: socket.socket, client: str) -> None:
+    def serve(self, connection: socket.SocketType, client: str) -> None:
         """One request.  A client that leaves without having sent a byte is none."""
         connection.setblocking(False)  # whatever default the handler's module has set
-        half_closed = False
-        records = record("-", "Client Query Processing Started.", self.pid)
+        records, half_closed = record("-", "Client Query Processing Started.", self.pid), False
         try:
-            data, half_closed = self.receive(connection)
-            if not data and not half_closed:
-                return
-            text = data.decode()
-        except (Refused, UnicodeDecodeError) as why:
-            reason = why if isinstance(why, Refused) else f"text is not UTF-8 at byte offset {why.start}"
-            reply = f"error: {reason}".encode()
-            log(records + record("-", f"Client: {client}; Refused: {reason}.", self.pid))
-        except OSError as why:
-            log(records + record("-", f"Client: {client}; Lost: {why.strerror}.", self.pid)
-                + record("-", "Client Query Processing Ended.", self.pid))
-            return
-        else:
-            records += record("-", f"Client: {client}; Received Text:", self.pid) + indented(text[:LOGGED])
-            if len(text) > LOGGED:
-                records += record("-", f"Logged {LOGGED} of {len(text)} Characters.", self.pid)
-            log(records)
-            reply = self.handle(text)
-        self.left -= 1
-        try:
+            try:
+                data, half_closed = self.receive(connection)
+                if not data and not half_closed:
+                    return
+                text = data.decode()
+                records += record("-", f"Client: {client}; Received Text:", self.pid) + indented(text[:LOGGED])
+                if len(text) > LOGGED:
+                    records += record("-", f"Logged {LOGGED} of {len(text)} Characters.")
+                log(records)
+                records = ""
+                reply = self.handle(text)
+            except (Refused, UnicodeDecodeError) as why:
+                reason = why if isinstance(why, Refused) else f"text is not UTF-8 at byte offset {why.start}"
+                log(records + record("-", f"Client: {client}; Refused: {reason}."))
+                records, reply = "", f"error: {reason}".encode()
+            self.left -= 1
             self.send(connection, b"%d %b\n" % (self.pid, reply))
             if not half_closed:
                 self.linger(connection)
         except OSError as why:
-            log(record("-", f"Client: {client}; Reply Not Taken: {why.strerror or why}.", self.pid))
+            lost = "Lost" if records else "Reply Not Taken"
+            log(records + record("-", f"Client: {client}; {lost}: {why.strerror or why}."))
         log(record("-", "Client Query Processing Ended.", self.pid))
 
-    def receive(self, connection: socket.socket) -> tuple[bytearray, bool]:
+    def receive(self, connection: socket.SocketType) -> tuple[bytearray, bool]:
         """What the client sent, and whether it half-closed.  Raises Refused, OSError."""
         text, deadline = bytearray(), math.inf
-        while len(text) <= self.settings.max_text:
+        while len(text) <= self.max_text:
             try:
                 piece = connection.recv(RECEIVE_BYTES)
                 if not piece:
@@ -842,11 +810,12 @@ class Worker:
                 if not text or silence < deadline - now:
                     return text, False
                 raise Refused(f"text not ended within {self.settings.timeout:g} s") from None
-        raise Refused(f"text longer than {self.settings.max_text} bytes")
+        raise Refused(f"text longer than {self.max_text} bytes")
 
     def handle(self, text: str) -> bytes:
+        """The handler's reply.  Raises Refused, whatever the handler raises."""
         self.busy_since[0] = time.monotonic()
-        sys.stdout = sys.stderr = self.manager.printed  # whatever an earlier call has made of them
+        sys.stdout = sys.stderr = self.printed  # whatever an earlier call has made of them
         try:
             reply = self.handler(text)
             if not isinstance(reply, str):
@@ -854,12 +823,13 @@ class Worker:
             return str.encode(reply)
         except BaseException as why:  # SystemExit too: no text ends a worker
             log(traced("Handler Failed:", why))
-            return b"error: handler failed"
+            raise Refused("handler failed") from None
         finally:
-            self.busy_since[0] = 0.0
-            self.manager.printed.flush()
+            self.busy_since[0] = IDLE
+            if self.printed.pending:
+                self.printed.flush()
 
-    def send(self, connection: socket.socket, reply: bytes) -> None:
+    def send(self, connection: socket.SocketType, reply: bytes) -> None:
         try:
             sent = connection.send(reply, HOLD_BACK)  # nearly always all of it
         except BlockingIOError:
@@ -868,7 +838,7 @@ class Worker:
             connection.settimeout(self.settings.timeout)
             connection.sendall(memoryview(reply)[sent:])
 
-    def linger(self, connection: socket.socket) -> None:
+    def linger(self, connection: socket.SocketType) -> None:
         """Let the reply arrive: to close with data unread resets the connection (RFC 2525, 2.17), reply and all."""
         connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + self.settings.timeout
@@ -876,13 +846,13 @@ class Worker:
             pass
 
 
-def readable(connection: socket.socket, seconds: float) -> bool:
+def readable(connection: socket.SocketType, seconds: float) -> bool:
     poller = select.poll()
     poller.register(connection, select.POLLIN)
     return bool(poller.poll(max(0.0, seconds) * 1000))
 
 
-def deferred_in_vain(connection: socket.socket) -> bool:
+def deferred_in_vain(connection: socket.SocketType) -> bool:
     """Whether the kernel has already waited for first bytes and given up: only then did it repeat its SYN-ACK.
 
     How often it did is tcpi_total_retrans, at byte 100 of Linux's struct tcp_info.
@@ -896,12 +866,12 @@ def deferred_in_vain(connection: socket.socket) -> bool:
 LOGGED = 2000  # characters of a client's text
 
 
-def open_log(name: str, terminal: io.FileIO) -> io.FileIO:
+def open_log(name: str, terminal: int) -> io.FileIO:
     """The log file, for its owner and group only; or TERMINAL, the standard error with -f.  Raises Failure."""
     with failing_to(f"open log file {name}"):
         if name == STANDARD_ERROR:
-            return io.FileIO(os.dup(terminal.fileno()), "wb")
-        return io.FileIO(name, "ab", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o640))
+            return io.FileIO(os.dup(terminal), "wb")
+        return io.FileIO(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640), "ab")
 
 
 def log(records: str) -> None:
@@ -913,9 +883,14 @@ def log(records: str) -> None:
 
 
 def record(mark: str, message: str, pid: int = 0) -> str:
-    """A line of the log: MARK is * for the life of processes, - for requests."""
-    second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
-    return f"{whole_second(second) % millisecond} {mark} {pid or os.getpid()} {printable(message)}\n"
+    """A line of the log: MARK is * for the life of processes, - for requests.  MESSAGE must be printable."""
+    return f"{timestamp(time.time_ns() // 1_000_000)} {mark} {pid or os.getpid()} {message}\n"
+
+
+@functools.lru_cache(maxsize=1)  # several records share a moment, and many a second
+def timestamp(milliseconds: int) -> str:
+    second, millisecond = divmod(milliseconds, 1000)
+    return whole_second(second) % millisecond
 
 
 @functools.lru_cache(maxsize=1)
@@ -940,14 +915,20 @@ def traced(message: str, why: BaseException) -> str:
     trace = [f"{type(why).__name__}, which cannot be told"]
     with suppress(BaseException):  # an exception of the handler's own may fail to say what it is
         trace = traceback.format_exception(why)
-    return record("*", message) + indented("".join(trace))
+    return record("*", printable(message)) + indented("".join(trace))
 
 
 class Printed(io.TextIOWrapper):
     """Standard output and error of handlers: each line becomes a record of the log.  Not theirs to take apart."""
 
+    pending = False
+
     def __init__(self) -> None:
         super().__init__(PrintedRecords(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+
+    def write(self, text: str) -> int:
+        self.pending = True
+        return super().write(text)
 
     def detach(self) -> Any:
         return self.buffer
