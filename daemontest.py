@@ -138,27 +138,23 @@ def fitting(name: str, value: Any) -> Any:
     return absolute(value) if metavar == "FILE" else kind(value)
 
 
-def read_config(path: str) -> dict[str, Any]:
-    import tomllib  # only when it is needed: each worker's fork is dearer by what has been imported
-
-    with failing_to(f"read configuration {path}"), open(path, "rb") as file:
-        content = file.read()
-    key = "expected TOML"
-    try:
-        values = tomllib.loads(content.decode())
-        for key in values:
-            values[key] = fitting(key, values[key])
-    except (ValueError, RecursionError) as why:  # TOML's own and UTF-8's, too
-        raise Failure(f"bad configuration {path}: {key}: {why}") from why
-    return values
-
-
 def read_settings(options: argparse.Namespace) -> Settings:
     """The command line over the configuration file over the defaults.  Raises Failure."""
     path = absolute("~/daemontest.toml" if options.config is None else options.config)
     values: dict[str, Any] = {"log_file": STANDARD_ERROR} if options.action is foreground else {}
     if options.config is not None or os.path.exists(path):
-        values |= read_config(path) | {"directory": os.path.dirname(path)}
+        import tomllib  # only when it is needed: a fork is dearer by all that has been imported
+
+        with failing_to(f"read configuration {path}"), open(path, "rb") as file:
+            content = file.read()
+        key = "expected TOML"
+        try:
+            table = tomllib.loads(content.decode())
+            for key in table:
+                values[key] = fitting(key, table[key])
+        except (ValueError, RecursionError) as why:  # TOML's own and UTF-8's, too
+            raise Failure(f"bad configuration {path}: {key}: {why}") from why
+        values["directory"] = os.path.dirname(path)
     settings = Settings(**values | {name: value for name, value in vars(options).items() if name in FIELDS})
     if settings.pid_file == settings.log_file:
         raise Failure(f"bad settings: pid_file and log_file are both {settings.pid_file}")
@@ -280,20 +276,20 @@ def background(options: argparse.Namespace) -> None:
     with failing_to("start"):
         reading, writing = os.pipe()
     manager = Manager(options, writing)
-    with manager.prepared():
+    with manager.prepared(), open(reading, "rb") as report:
         with failing_to("fork"):
             in_launcher = os.fork()
         if not in_launcher:
-            os.close(reading)
+            report.close()
             return manager.run()
         os.close(writing)
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
-            with open(reading, "rb") as report:
-                outcome = report.readline()
-                if not outcome.startswith(b"+"):
+            outcome = report.readline()
+            if not outcome.startswith(b"+"):
+                with suppress(OSError):
                     os.write(2, outcome + report.read())  # which ends when the manager does
-                    raise Failure("" if outcome else "cannot start: the manager died")
+                raise Failure("" if outcome else "cannot start: the manager died")
             say(f"{PROGRAM}: {outcome[1:-1].decode()}")
         except (Failure, KeyboardInterrupt) as why:  # a start that fails leaves nothing behind
             hangs = isinstance(why, KeyboardInterrupt)  # maybe in the import of a handler, which takes no other signal
@@ -367,15 +363,27 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     lock: io.FileIO  # the manager's
 
+    def tries(self, flags: int) -> Iterator[tuple[io.FileIO, bool]]:
+        """The file, and whether no manager has it: it could be locked shared.  Raises OSError.
+
+        Time after time, for longer than a manager to be, or somebody who only asks, holds a lock.
+        """
+        end = time.monotonic() + 4.0
+        while time.monotonic() < end:
+            with open(os.open(self.path, flags | os.O_NONBLOCK, 0o644), "rb", 0) as file:
+                yield file, flocked(file, fcntl.LOCK_SH)
+            time.sleep(0.002)
+        raise OSError(errno.EAGAIN, "another program keeps it locked")
+
     def claim(self) -> None:
         """Take the lock for the manager to be.  Raises Failure."""
         with failing_to(f"use PID file {self.path}"):
-            for _ in patiently(0.001):
-                self.lock = io.FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644), "r+")
-                if not stat.S_ISREG(os.fstat(self.lock.fileno()).st_mode):
+            for file, free in self.tries(os.O_RDWR | os.O_CREAT):
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise OSError(errno.EINVAL, "not a regular file")
-                if not flocked(self.lock, fcntl.LOCK_SH):  # which only an exclusive lock, a manager's, prevents
+                if not free:
                     raise Failure("cannot start: already running")
+                self.lock = io.FileIO(os.dup(file.fileno()), "r+")
                 self.lock.truncate(0)  # while no manager can be: so a leftover PID never stands beside its lock
                 if flocked(self.lock, fcntl.LOCK_EX) and self.is_at_path():
                     return
@@ -400,12 +408,11 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def read_pid(self) -> int | None:
         """PID of the living manager, or None.  Waits until one that is starting has written it.  Raises Failure."""
-        with (failing_to(f"read PID file {self.path}"), suppress(FileNotFoundError),
-              open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb", 0) as file):
-            for _ in patiently(0.01):
-                if flocked(file, fcntl.LOCK_SH):
+        with failing_to(f"read PID file {self.path}"), suppress(FileNotFoundError):
+            for file, free in self.tries(os.O_RDONLY):
+                if free:
                     return None
-                if re.fullmatch(rb"[1-9]\d{0,8}\n", content := os.pread(file.fileno(), 20, 0)):
+                if re.fullmatch(rb"[1-9]\d{0,8}\n", content := file.read(20)):
                     return int(content)
         return None
 
@@ -432,15 +439,6 @@ def flocked(file: io.FileIO, kind: int) -> bool:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
         return True
     return False
-
-
-def patiently(pause: float) -> Iterator[None]:
-    """Time after time, for longer than a manager to be, or somebody who only asks, holds a lock.  Raises OSError."""
-    end = time.monotonic() + 4.0
-    while time.monotonic() < end:
-        yield
-        time.sleep(pause)
-    raise OSError(errno.EAGAIN, "another program keeps it locked")
 
 
 # ---- Manager ------------------------------------------------------------------------
@@ -782,9 +780,7 @@ class Worker:
                 log(records + record("-", f"Client: {client}; Refused: {reason}."))
                 records, reply = "", f"error: {reason}".encode()
             self.left -= 1
-            self.send(connection, b"%d %b\n" % (self.pid, reply))
-            if not half_closed:
-                self.linger(connection)
+            self.answer(connection, b"%d %b\n" % (self.pid, reply), half_closed)
         except OSError as why:
             lost = "Lost" if records else "Reply Not Taken"
             log(records + record("-", f"Client: {client}; {lost}: {why.strerror or why}."))
@@ -826,10 +822,11 @@ class Worker:
             raise Refused("handler failed") from None
         finally:
             self.busy_since[0] = IDLE
-            if self.printed.pending:
+            if self.printed.used:
                 self.printed.flush()
 
-    def send(self, connection: socket.SocketType, reply: bytes) -> None:
+    def answer(self, connection: socket.SocketType, reply: bytes, half_closed: bool) -> None:
+        """Send REPLY, and let it arrive, within the timeout each.  Raises OSError."""
         try:
             sent = connection.send(reply, HOLD_BACK)  # nearly always all of it
         except BlockingIOError:
@@ -837,13 +834,11 @@ class Worker:
         if sent < len(reply):
             connection.settimeout(self.settings.timeout)
             connection.sendall(memoryview(reply)[sent:])
-
-    def linger(self, connection: socket.SocketType) -> None:
-        """Let the reply arrive: to close with data unread resets the connection (RFC 2525, 2.17), reply and all."""
-        connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + self.settings.timeout
-        while readable(connection, min(1.0, deadline - time.monotonic())) and connection.recv(RECEIVE_BYTES):
-            pass
+        if not half_closed:  # to close with data unread resets the connection (RFC 2525, 2.17), reply and all
+            connection.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + self.settings.timeout
+            while readable(connection, min(1.0, deadline - time.monotonic())) and connection.recv(RECEIVE_BYTES):
+                pass
 
 
 def readable(connection: socket.SocketType, seconds: float) -> bool:
@@ -853,7 +848,7 @@ def readable(connection: socket.SocketType, seconds: float) -> bool:
 
 
 def deferred_in_vain(connection: socket.SocketType) -> bool:
-    """Whether the kernel has already waited for first bytes and given up: only then did it repeat its SYN-ACK.
+    """Whether the kernel has already waited for first bytes, and given up: only then did it repeat its SYN-ACK.
 
     How often it did is tcpi_total_retrans, at byte 100 of Linux's struct tcp_info.
     """
@@ -921,26 +916,20 @@ def traced(message: str, why: BaseException) -> str:
 class Printed(io.TextIOWrapper):
     """Standard output and error of handlers: each line becomes a record of the log.  Not theirs to take apart."""
 
-    pending = False
+    used = False
 
     def __init__(self) -> None:
-        super().__init__(PrintedRecords(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+        super().__init__(PrintedRecords(2, "wb", False), "utf-8", "backslashreplace", line_buffering=True)
 
     def write(self, text: str) -> int:
-        self.pending = True
+        self.used = True
         return super().write(text)
 
     def detach(self) -> Any:
         return self.buffer
 
 
-class PrintedRecords(io.RawIOBase):
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return 2
-
+class PrintedRecords(io.FileIO):
     def write(self, data: Any) -> int:
         log(record("-", "Printed:") + indented(bytes(data).decode(errors="backslashreplace")))
         return len(data)
