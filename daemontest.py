@@ -16,8 +16,6 @@ Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usa
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import errno
 import fcntl
 import functools
 import gc
@@ -34,21 +32,26 @@ import stat
 import sys
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import Any
 
 from daemon import DaemonContext
 
-# lockfile imports threading for locks of threads, of which none is used here, and what threading does in each new
-# process would cost a worker a third of its start.  Whoever needs threading gets the real one.
+# lockfile imports threading for locks of a kind not used here, and what threading does in each new process would cost
+# a worker a third of its start.  So lockfile gets a stand-in; whoever needs threading imports the real one.
 sys.modules.setdefault("threading", STAND_IN := ModuleType("threading"))
-vars(STAND_IN).update(current_thread=None, Thread=type("Thread", (), {"get_name": None}))
+vars(STAND_IN).update(current_thread=lambda: importlib.import_module("threading").current_thread(),
+                      Thread=type("Thread", (), {"get_name": None}))
 from lockfile.pidlockfile import PIDLockFile  # noqa: E402
 
 if sys.modules["threading"] is STAND_IN:
     del sys.modules["threading"]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself is not needed, and takes its time
+    from typing import Any
 
 __version__ = "1.0.0"
 PROGRAM = "daemontest.py"
@@ -62,11 +65,9 @@ def text_length(text: str) -> str:
 class Failure(Exception):
     """What the user is to be told in one line: what failed, and why.  Ends the program with EXIT_STATUS."""
 
-    exit_status = 1
-
-
-class NotRunning(Failure):
-    exit_status = 3
+    def __init__(self, told: str, exit_status: int = 1) -> None:
+        super().__init__(told)
+        self.exit_status = exit_status
 
 
 @contextmanager
@@ -83,7 +84,7 @@ def failing_to(act: str) -> Iterator[None]:
 
 SECONDS, NAME = (0.01, 86400), r"[^\0]+"
 STANDARD_ERROR = ""  # the name of the log file with -f
-STARTED_AS, STARTED_IN = os.getpid(), "/"
+STARTED_IN = "/"
 with suppress(FileNotFoundError):  # that directory may have been removed
     STARTED_IN = os.getcwd()
 
@@ -92,70 +93,70 @@ def absolute(path: str) -> str:
     return os.path.join(STARTED_IN, os.path.expanduser(path))
 
 
-def setting(default: Any, fits: Any, metavar: str, about: str, *short: str) -> Any:
-    """One setting; FITS are the limits of a number, or the pattern of a text."""
-    about = about.replace("%", f"{default:g}" if fits is SECONDS else str(default))
-    return dataclasses.field(default=absolute(default) if metavar == "FILE" else default, metadata={
-        "fits": fits, "short": short, "metavar": metavar, "help": about})
+class Setting:
+    """How a setting is given, and what it may be: a number within limits, or a text that has a pattern."""
+
+    def __init__(self, default: Any, fits: Any, metavar: str, about: str, *short: str) -> None:
+        self.kind: Any = type(default)
+        self.default = absolute(default) if metavar == "FILE" else default
+        self.fits, self.metavar, self.short = fits, metavar, short
+        self.help = about.replace("%", f"{default:g}" if fits is SECONDS else str(default))
+
+    def fitting(self, value: Any) -> Any:
+        """VALUE as it is to be.  Raises ValueError, which says what was expected."""
+        if self.kind is str:
+            good, expected = isinstance(value, str) and re.fullmatch(self.fits, value), f"a string, {self.metavar}"
+        else:
+            good = type(value) in (int, self.kind) and self.fits[0] <= value <= self.fits[1]  # a bool is no number here
+            number = "whole number" if self.kind is int else "number of seconds"
+            expected = f"a {number} from {self.fits[0]} to {self.fits[1]}"
+        if not good:
+            raise ValueError(f"expected {expected}")
+        return absolute(value) if self.metavar == "FILE" else self.kind(value)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Every setting: a long option and, with _ for -, a key of the configuration file."""
-
-    bind: str = setting("", NAME, "ADDRESS", "where to listen (default: every address, IPv4 and IPv6)", "-b")
-    port: int = setting(36000, (1, 65535), "N", "TCP port (default: %)", "-p")
-    workers: int = setting(5, (1, 10000), "N", "pre-forked worker processes (default: %)", "-w")
-    max_requests: int = setting(100, (1, 10**9), "N", "requests until a worker is replaced (default: %)", "-n")
-    handler: str = setting("__main__:text_length", r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION",
-                           "the service, a function from text to text (default: the length of the text)")
-    timeout: float = setting(10.0, SECONDS, "SECONDS", "for a client's text, and for its reply (default: %)")
-    handler_timeout: float = setting(30.0, SECONDS, "SECONDS", "for the handler, or its worker is killed (default: %)")
-    grace: float = setting(30.0, SECONDS, "SECONDS", "for workers to finish at a stop or reload (default: %)")
-    max_text: int = setting(2**24, (1, 2**40), "BYTES", "longer texts are refused (default: %)")
-    pid_file: str = setting("~/daemontest.pid", NAME, "FILE", "holds the manager's process ID (default: %)")
-    log_file: str = setting("~/daemontest.log", NAME, "FILE", "the log (default: %; with -f standard error)")
-    directory: str = STARTED_IN  # where the handler is searched for first; not a setting of the user's
-
-
-FIELDS = {field.name: field for field in dataclasses.fields(Settings) if field.metadata}
+# Each is a long option and, with _ for -, a key of the configuration file.
+SETTINGS = {
+    "bind": Setting("", NAME, "ADDRESS", "where to listen (default: every address, IPv4 and IPv6)", "-b"),
+    "port": Setting(36000, (1, 65535), "N", "TCP port (default: %)", "-p"),
+    "workers": Setting(5, (1, 10000), "N", "pre-forked worker processes (default: %)", "-w"),
+    "max_requests": Setting(100, (1, 10**9), "N", "requests until a worker is replaced (default: %)", "-n"),
+    "handler": Setting("__main__:text_length", r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION",
+                       "the service, a function from text to text (default: the length of the text)"),
+    "timeout": Setting(10.0, SECONDS, "SECONDS", "for a client's text, and for its reply (default: %)"),
+    "handler_timeout": Setting(30.0, SECONDS, "SECONDS", "for the handler, or its worker is killed (default: %)"),
+    "grace": Setting(30.0, SECONDS, "SECONDS", "for workers to finish at a stop or reload (default: %)"),
+    "max_text": Setting(2**24, (1, 2**40), "BYTES", "longer texts are refused (default: %)"),
+    "pid_file": Setting("~/daemontest.pid", NAME, "FILE", "holds the manager's process ID (default: %)"),
+    "log_file": Setting("~/daemontest.log", NAME, "FILE", "the log (default: %; with -f standard error)"),
+}
 WAIT_FOR_RESTART = ("bind", "port", "pid_file")
 
 
-def fitting(name: str, value: Any) -> Any:
-    """VALUE as setting NAME wants it.  Raises ValueError, which says what that is."""
-    if name not in FIELDS:
-        raise ValueError(f"unknown key, expected one of {', '.join(FIELDS)}")
-    kind: Any = type(FIELDS[name].default)
-    fits, metavar = FIELDS[name].metadata["fits"], FIELDS[name].metadata["metavar"]
-    if kind is str:
-        good, expected = isinstance(value, str) and re.fullmatch(fits, value), f"a string, {metavar}"
-    else:
-        good = type(value) in (int, kind) and fits[0] <= value <= fits[1]  # a bool is no number here
-        expected = f"a {'whole number' if kind is int else 'number of seconds'} from {fits[0]} to {fits[1]}"
-    if not good:
-        raise ValueError(f"expected {expected}")
-    return absolute(value) if metavar == "FILE" else kind(value)
-
-
-def read_settings(options: argparse.Namespace) -> Settings:
-    """The command line over the configuration file over the defaults.  Raises Failure."""
+def read_settings(options: Namespace) -> Namespace:
+    """All settings: the command line over the configuration file over the defaults.  Raises Failure."""
     path = absolute("~/daemontest.toml" if options.config is None else options.config)
-    values: dict[str, Any] = {"log_file": STANDARD_ERROR} if options.action is foreground else {}
+    values = {name: setting.default for name, setting in SETTINGS.items()}
+    values["directory"] = STARTED_IN  # where the handler is searched for first
+    if options.action is foreground:
+        values["log_file"] = STANDARD_ERROR
     if options.config is not None or os.path.exists(path):
         import tomllib  # only when it is needed: a fork is dearer by all that has been imported
 
         with failing_to(f"read configuration {path}"), open(path, "rb") as file:
             content = file.read()
-        key = "expected TOML"
+        fault = "expected TOML"
         try:
-            table = tomllib.loads(content.decode())
-            for key in table:
-                values[key] = fitting(key, table[key])
+            for key, value in tomllib.loads(content.decode()).items():
+                fault = key
+                if key not in SETTINGS:
+                    raise ValueError(f"unknown key, expected one of {', '.join(SETTINGS)}")
+                values[key] = SETTINGS[key].fitting(value)
         except (ValueError, RecursionError) as why:  # TOML's own and UTF-8's, too
-            raise Failure(f"bad configuration {path}: {key}: {why}") from why
+            raise Failure(f"bad configuration {path}: {fault}: {why}") from why
         values["directory"] = os.path.dirname(path)
-    settings = Settings(**values | {name: value for name, value in vars(options).items() if name in FIELDS})
+    values |= {name: given for name, given in vars(options).items() if name in SETTINGS}
+    settings = Namespace(**values)
     if settings.pid_file == settings.log_file:
         raise Failure(f"bad settings: pid_file and log_file are both {settings.pid_file}")
     return settings
@@ -190,7 +191,7 @@ def mend_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
-def parse_command_line() -> argparse.Namespace:
+def parse_command_line() -> Namespace:
     """The action, the name of the configuration file, and those settings that are given."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage="%(prog)s [-f | -t | --reload | --status | --check] [-c FILE] [SETTING ...]",
@@ -207,14 +208,13 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("-c", "--config", metavar="FILE",
                         help="configuration (default: ~/daemontest.toml, if it exists)")
     settings = parser.add_argument_group("settings")
-    for name, field in FIELDS.items():
-        about = field.metadata
-        settings.add_argument(*about["short"], f"--{name.replace('_', '-')}", type=type(field.default),
-                              default=argparse.SUPPRESS, metavar=about["metavar"], help=about["help"])
+    for name, setting in SETTINGS.items():
+        settings.add_argument(*setting.short, f"--{name.replace('_', '-')}", type=setting.kind, help=setting.help,
+                              default=argparse.SUPPRESS, metavar=setting.metavar)
     options = parser.parse_args()
-    for name in FIELDS.keys() & vars(options):
+    for name in SETTINGS.keys() & vars(options):
         try:
-            setattr(options, name, fitting(name, getattr(options, name)))
+            setattr(options, name, SETTINGS[name].fitting(getattr(options, name)))
         except ValueError as why:
             parser.error(f"--{name.replace('_', '-')}: {why}")
     return options
@@ -226,20 +226,20 @@ def say(outcome: str) -> None:
         print(outcome, file=sys.__stdout__, flush=True)
 
 
-def status(options: argparse.Namespace) -> None:
+def status(options: Namespace) -> None:
     """print the process ID of the running service, or exit with 3"""
     pid = running_service(options).read_pid()
     if pid is None:
-        raise NotRunning("not running")
+        raise Failure("not running", exit_status=3)
     say(str(pid))
 
 
-def terminate(options: argparse.Namespace) -> None:
+def terminate(options: Namespace) -> None:
     """stop the service gracefully; return when all its processes are gone"""
     say(f"{PROGRAM} {running_service(options).signal_manager(signal.SIGTERM, wait=True)} Server terminated.")
 
 
-def running_service(options: argparse.Namespace) -> PidFile:
+def running_service(options: Namespace) -> PidFile:
     """The PID file to ask.  A configuration that broke since the start must not keep the service from being stopped."""
     try:
         return PidFile(read_settings(options).pid_file)
@@ -251,13 +251,13 @@ def running_service(options: argparse.Namespace) -> PidFile:
         return pid_file
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Namespace) -> None:
     """check the configuration and the handler; start nothing"""
     load_handler(read_settings(options))
     say(f"{PROGRAM}: configuration is good")
 
 
-def reload(options: argparse.Namespace) -> None:
+def reload(options: Namespace) -> None:
     """check as --check does; if all is good, have the service use it"""
     settings = read_settings(options)
     load_handler(settings)
@@ -268,44 +268,61 @@ def reload(options: argparse.Namespace) -> None:
 
 UMASK = 0o027
 STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
-LOOP_SIGNALS = STOPS | {signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM}
+LOOKS = {signal.SIGCHLD, signal.SIGALRM}  # the manager is to look after its workers
+LOOP_SIGNALS = STOPS | LOOKS | {signal.SIGHUP}
+ALREADY_TOLD = ""
 
 
-def background(options: argparse.Namespace) -> None:
+def background(options: Namespace) -> None:
     """start detached; return when the service answers"""
-    with failing_to("start"):
-        reading, writing = os.pipe()
-    manager = Manager(options, writing)
-    with manager.prepared(), open(reading, "rb") as report:
-        with failing_to("fork"):
+    manager = Manager(options)
+    with manager.prepared():
+        with failing_to("start"):
+            reading, manager.report = os.pipe()
             in_launcher = os.fork()
         if not in_launcher:
-            report.close()
-            return manager.run()
-        os.close(writing)
+            manager.run()
+            return
+        os.close(manager.report)
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
+            report = open(reading, "rb")
             outcome = report.readline()
-            if not outcome.startswith(b"+"):
-                with suppress(OSError):
-                    os.write(2, outcome + report.read())  # which ends when the manager does
-                raise Failure("" if outcome else "cannot start: the manager died")
-            say(f"{PROGRAM}: {outcome[1:-1].decode()}")
+            if outcome.startswith(b"+"):
+                say(f"{PROGRAM}: {outcome[1:-1].decode()}")
+                signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)  # too late to give the start up
+                return
         except (Failure, KeyboardInterrupt) as why:  # a start that fails leaves nothing behind
+            signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
             hangs = isinstance(why, KeyboardInterrupt)  # maybe in the import of a handler, which takes no other signal
-            with suppress(Failure):
-                manager.pid_file.signal_manager(signal.SIGKILL if hangs else signal.SIGTERM, wait=True)
+            if manager.pid_file.is_at_path():  # otherwise the service there is another's
+                with suppress(Failure):
+                    manager.pid_file.signal_manager(signal.SIGKILL if hangs else signal.SIGTERM, wait=True)
             raise
+        with suppress(OSError):
+            os.write(2, outcome + report.read())  # which ends when the manager does
+        raise Failure(ALREADY_TOLD if outcome else "cannot start: the manager died")
 
 
-def foreground(options: argparse.Namespace) -> None:
+def foreground(options: Namespace) -> None:
     """serve without detaching, until a signal such as Ctrl-C"""
-    manager = Manager(options, os.dup(2))
+    manager = Manager(options)
     with manager.prepared():
         manager.run()
 
 
-def open_listener(settings: Settings) -> socket.socket:
+def hold_signals() -> None:
+    """Block what the manager's loop waits for, and have none of it ignored: that could not be waited for.
+
+    What workers do at TERM is set up here, too, so that it counts from their first moment.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
+    for signum in LOOP_SIGNALS:
+        signal.signal(signum, Worker.leave if signum == signal.SIGTERM else lambda *_: None)
+        signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
+
+
+def open_listener(settings: Namespace) -> socket.socket:
     """The one listening socket: the service manager's (sd_listen_fds(3)) or a new one.  Raises Failure."""
     handed_over, for_whom, _ = (os.environ.pop(f"LISTEN_{name}", "") for name in ("FDS", "PID", "FDNAMES"))
     if handed_over and for_whom == str(os.getpid()):
@@ -325,12 +342,12 @@ def open_listener(settings: Settings) -> socket.socket:
         return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
 
 
-def load_handler(settings: Settings) -> Callable[[str], str]:
+def load_handler(settings: Namespace) -> Callable[[str], str]:
     """Import the handler anew, with its package and what came from its directory.  On Failure nothing has changed."""
     module_name, function_name = settings.handler.split(":")
     modules, path = dict(sys.modules), list(sys.path)
     for name, module in modules.items():
-        file, here = getattr(module, "__file__", None) or "", os.path.join(settings.directory, *name.split("."))
+        file, here = str(getattr(module, "__file__", None) or ""), os.path.join(settings.directory, *name.split("."))
         if name != "__main__" and (file.startswith(here) or name.split(".")[0] == module_name.split(".")[0]):
             del sys.modules[name]
     sys.dont_write_bytecode = True  # it is found stale by whole seconds only: a quick edit would go unseen
@@ -363,42 +380,41 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     lock: io.FileIO  # the manager's
 
-    def tries(self, flags: int) -> Iterator[tuple[io.FileIO, bool]]:
-        """The file, and whether no manager has it: it could be locked shared.  Raises OSError.
+    def attempts(self, flags: int) -> Iterator[tuple[io.FileIO, bool]]:
+        """The file, open and, unless a manager has it, locked shared until the next attempt.  Raises OSError.
 
-        Time after time, for longer than a manager to be, or somebody who only asks, holds a lock.
+        Goes on for longer than a manager to be, or somebody who only asks, holds a lock.
         """
         end = time.monotonic() + 4.0
         while time.monotonic() < end:
             with open(os.open(self.path, flags | os.O_NONBLOCK, 0o644), "rb", 0) as file:
                 yield file, flocked(file, fcntl.LOCK_SH)
             time.sleep(0.002)
-        raise OSError(errno.EAGAIN, "another program keeps it locked")
+        raise OSError("another program keeps it locked")
 
     def claim(self) -> None:
         """Take the lock for the manager to be.  Raises Failure."""
         with failing_to(f"use PID file {self.path}"):
-            for file, free in self.tries(os.O_RDWR | os.O_CREAT):
+            for file, free in self.attempts(os.O_RDWR | os.O_CREAT):
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise OSError(errno.EINVAL, "not a regular file")
+                    raise OSError("not a regular file")
                 if not free:
                     raise Failure("cannot start: already running")
-                self.lock = io.FileIO(os.dup(file.fileno()), "r+")
+                self.lock = io.FileIO(os.dup(file.fileno()), "r+")  # which outlives the attempt, lock and all
                 self.lock.truncate(0)  # while no manager can be: so a leftover PID never stands beside its lock
                 if flocked(self.lock, fcntl.LOCK_EX) and self.is_at_path():
                     return
 
     def acquire(self, timeout: float | None = None) -> None:
-        """Write this process's PID under the lock, which was claimed before the forks."""
+        """Write the PID of this process, DaemonContext's last.  The lock was claimed before its forks."""
         self.lock.write(b"%d\n" % os.getpid())
 
     def release(self) -> None:
-        """Remove the file, or empty it.  The lock stays until the process has ended, which is what it tells."""
+        """Empty and remove the file.  The lock stays until the process has ended, which is what it tells."""
         if self.is_at_path():
-            try:
-                os.unlink(self.path)
-            except OSError:  # in a directory that lets nothing be removed
+            with suppress(OSError):  # in a directory that lets nothing be removed
                 self.lock.truncate(0)
+                os.unlink(self.path)
 
     def is_at_path(self) -> bool:
         """Whether the path still names the file that is locked."""
@@ -409,7 +425,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def read_pid(self) -> int | None:
         """PID of the living manager, or None.  Waits until one that is starting has written it.  Raises Failure."""
         with failing_to(f"read PID file {self.path}"), suppress(FileNotFoundError):
-            for file, free in self.tries(os.O_RDONLY):
+            for file, free in self.attempts(os.O_RDONLY):
                 if free:
                     return None
                 if re.fullmatch(rb"[1-9]\d{0,8}\n", content := file.read(20)):
@@ -428,9 +444,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 process = os.pidfd_open(pid)
                 if self.read_pid() == pid:  # still the manager: the descriptor, unlike a number, can mean no other
                     signal.pidfd_send_signal(process, signum)
-                    select.select([process] if wait else [], [], [], None if wait else 0)
+                    if wait:
+                        select.select([process], [], [])
                     return pid
-                os.close(process)
         raise Failure("not running")
 
 
@@ -450,40 +466,35 @@ NOT_UP, IDLE = -1.0, 0.0
 class Child:
     """What the manager knows of a worker."""
 
-    def __init__(self, busy_since: Any) -> None:
-        self.busy_since = busy_since  # shared with the worker: [0] is NOT_UP, IDLE, or when its handler was called
-        busy_since[0] = NOT_UP
-        self.leave_by = math.inf  # when it is killed, once it has been told to leave
-        self.killed_for = ""
+    leave_by = math.inf  # when it is killed, once it has been told to leave
+    killed_for = ""
 
-    @property
-    def settled(self) -> bool:
-        return self.busy_since[0] != NOT_UP and self.leave_by == math.inf
-
-    def due(self, handler_timeout: float) -> float:
-        """When it is to be killed, as far as can be told now."""
-        since = self.busy_since[0]  # read once: the worker writes to it meanwhile
-        if self.killed_for:
-            return math.inf
-        return min(self.leave_by, since + handler_timeout if since > IDLE else math.inf)
+    def __init__(self) -> None:
+        # Shared with the worker: [0] is NOT_UP, IDLE, or when its handler was called.
+        self.busy_since = memoryview(mmap.mmap(-1, 8)).cast("d")
+        self.busy_since[0] = NOT_UP
 
 
 class Manager:
     """Keeps the workers alive.  Signals are data that its loop reads: none is lost, none comes at a bad moment."""
 
-    def __init__(self, options: argparse.Namespace, report: int) -> None:
-        """REPORT is read by who starts it: the launcher, or the terminal's user.  Raises Failure."""
-        self.options, self.report, self.settings = options, report, read_settings(options)
+    def __init__(self, options: Namespace) -> None:
+        self.options, self.settings = options, read_settings(options)
+        with failing_to("start"):
+            self.report = os.dup(2)  # read by whoever waits for the start: the terminal's user, or the launcher
         self.pid_file = PidFile(self.settings.pid_file)
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         self.children: dict[int, Child] = {}
-        self.spare: list[Any] = []  # what was shared with workers that have ended
         self.vacant_until: list[float] = []  # when the places of workers that died may be filled
-        self.starting, self.ready = True, False
+        self.starting = True  # until all workers have been up
+        self.ready = False  # all workers are up, and no old ones left
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """With all that can fail while the terminal can still be told; on a Failure, of WITH's body too, undone."""
+        """With all that can fail while the terminal can still be told; on a Failure, of WITH's body too, undone.
+
+        In the launcher, too: release() does nothing when the manager has done it.
+        """
         os.umask(UMASK)
         signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
         self.pid_file.claim()
@@ -512,7 +523,7 @@ class Manager:
             self.not_for_workers = [self.pid_file.lock.fileno(), alive, self.report]
             self.serve()
         finally:
-            os.dup2(self.report, 2)
+            os.dup2(self.report, 2)  # where main() tells a Failure
 
     def serve(self) -> None:
         log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
@@ -525,7 +536,8 @@ class Manager:
                 if signum == signal.SIGHUP:
                     self.reload()
                 self.spawn_missing()
-                if not self.ready and all(child.settled for child in self.children.values()):
+                if not self.ready and all(child.busy_since[0] != NOT_UP and child.leave_by == math.inf
+                                          for child in self.children.values()):
                     self.tell_ready()
                 signum = self.next_signal()
                 if self.starting and self.vacant_until:
@@ -538,17 +550,17 @@ class Manager:
             self.dismiss_workers()
             while self.children:
                 self.next_signal()
-            log(record("*", "Server Terminated."))
             self.pid_file.release()
+            log(record("*", "Server Terminated."))
 
     def tell_ready(self) -> None:
-        """Tell who waits that all workers are up, and no old ones left."""
         self.ready = True
         self.notify(f"READY=1\nMAINPID={self.pid}")
         if self.starting and self.options.action is background:
             workers, port = self.settings.workers, self.listener.getsockname()[1]
             os.write(self.report, f"+{self.pid} started, {workers} workers on port {port}\n".encode())
-            os.close(self.not_for_workers.pop())
+            os.close(self.report)
+            self.not_for_workers.remove(self.report)
             self.report = 0  # the null device: nobody waits any more
         self.starting = False
 
@@ -557,25 +569,26 @@ class Manager:
         now, limit = time.monotonic(), self.settings.handler_timeout
         soonest = min([now + limit, *self.vacant_until])  # a handler called in a moment may be due after LIMIT
         for pid, child in self.children.items():
-            due = child.due(limit)
-            if due <= now:
+            called = child.busy_since[0]  # read once: the worker writes to it meanwhile
+            due = min(child.leave_by, called + limit if called > IDLE else math.inf)
+            if due > now:
+                soonest = min(soonest, due)
+            elif not child.killed_for:
                 late = child.leave_by <= now
                 child.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
                 os.kill(pid, signal.SIGKILL)
-            elif due < soonest:
-                soonest = due
         signal.setitimer(signal.ITIMER_REAL, max(soonest - now, 0.001))
-        signum = signal.sigwait(LOOP_SIGNALS)
-        if signum not in (signal.SIGCHLD, signal.SIGALRM):
+        signum = signal.sigwait(LOOKS if self.starting else LOOP_SIGNALS)  # the others count, too, when it has started
+        if signum not in LOOKS:
             log(record("*", f"Caught {signal.Signals(signum).name}"))
-        while self.children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            self.bury(*ended)
+        for pid in list(self.children):  # and no process that a handler's module waits for
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self.bury(pid, status)
         return signum
 
     def bury(self, pid: int, status: int) -> None:
-        if not (child := self.children.pop(pid, None)):
-            return  # it was forked by a handler's module
-        self.spare.append(child.busy_since)
+        child = self.children.pop(pid)
         if status:
             code = os.waitstatus_to_exitcode(status)
             cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
@@ -611,10 +624,10 @@ class Manager:
                 if self.starting:
                     raise Failure(f"cannot fork a worker: {why.strerror}") from why
                 log(record("*", f"cannot fork a worker: {why.strerror}"))
-                self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
+                self.vacant_until += [time.monotonic() + RESPAWN_DELAY] * (self.settings.workers - taken)
 
     def spawn(self) -> None:
-        child = Child(self.spare.pop() if self.spare else memoryview(mmap.mmap(-1, 8)).cast("d"))
+        child = Child()
         if pid := os.fork():
             self.children[pid] = child
             return
@@ -624,7 +637,7 @@ class Manager:
                 os.close(descriptor)
             self.worker.set_up(child.busy_since)
             if not self.ready and os.getppid() == self.pid:
-                os.kill(self.pid, signal.SIGALRM)  # has the manager look
+                os.kill(self.pid, signal.SIGALRM)  # has the manager look whether all are up
             self.worker.run()
             status = 0
         except BaseException as why:
@@ -632,7 +645,7 @@ class Manager:
         finally:
             os._exit(status)
 
-    def load(self, settings: Settings) -> None:
+    def load(self, settings: Namespace) -> None:
         """Take SETTINGS and their handler.  On Failure nothing has changed."""
         log(record("*", f"Manager Process ID: {self.pid}") + record("*", "Loading configuration."))
         try:
@@ -645,48 +658,41 @@ class Manager:
         self.listener.setblocking(False)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
             self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
-        gc.unfreeze()
-        gc.collect()
+        if not self.starting:
+            gc.unfreeze()
+            gc.collect()  # the old handler
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
     def reload(self) -> None:
         """Take the configuration and the handler anew and replace all workers; if anything is wrong, change nothing."""
-        self.ready = False
         self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         running = self.settings
         try:
             new = read_settings(self.options)
             with open_log(new.log_file, self.report) as log_file:
-                self.load(dataclasses.replace(new, **{key: getattr(running, key) for key in WAIT_FOR_RESTART}))
+                self.load(Namespace(**vars(new) | {key: getattr(running, key) for key in WAIT_FOR_RESTART}))
                 os.dup2(log_file.fileno(), 1)
                 os.dup2(log_file.fileno(), 2)
         except Failure as why:
             log(record("*", f"Nothing Changed: {printable(str(why))}"))
+            if self.ready:
+                self.tell_ready()
         else:
             if waiting := [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]:
                 log(record("*", f"Waiting for a Restart: {', '.join(waiting)}"))
+            self.ready = False
             self.dismiss_workers()
 
     def notify(self, state: str) -> None:
         """Tell the service manager, if there is one (sd_notify(3))."""
-        if self.notify_socket:
+        if not self.notify_socket:
+            return
+        try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
                 notifier.setblocking(False)
-                try:
-                    notifier.sendto(state.encode(), re.sub("^@", "\0", self.notify_socket))
-                except OSError as why:
-                    log(record("*", f"Cannot Notify: {why.strerror or why}"))
-
-
-def hold_signals() -> None:
-    """Block what the manager's loop waits for, and have none of it ignored: that could not be waited for.
-
-    What workers do at TERM is set up here, too, so that it counts from their first moment.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
-    for signum in LOOP_SIGNALS:
-        signal.signal(signum, Worker.leave if signum == signal.SIGTERM else lambda *_: None)
-        signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
+                notifier.sendto(state.encode(), re.sub("^@", "\0", self.notify_socket))
+        except OSError as why:
+            log(record("*", f"Cannot Notify: {why.strerror or why}"))
 
 
 # ---- Worker -------------------------------------------------------------------------
@@ -712,18 +718,12 @@ class Worker:
 
     def __init__(self, manager: Manager, handler: Callable[[str], str]) -> None:
         """In the manager: what all workers until the next reload have in common."""
-        self.manager, self.settings, self.handler = manager.pid, manager.settings, handler
+        self.manager_pid, self.settings, self.handler = manager.pid, manager.settings, handler
         self.listener, self.lifeline, self.printed = manager.listener, manager.lifeline, manager.printed
         self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
-        self.max_text, self.left = self.settings.max_text, self.settings.max_requests
+        self.max_text, self.requests_left = self.settings.max_text, self.settings.max_requests
 
-    def forked(self) -> None:
-        """In a process that the handler has forked: it can be terminated, and does not keep the client waiting."""
-        if self.connection:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self.connection.close()
-
-    def set_up(self, busy_since: Any) -> None:
+    def set_up(self, busy_since: memoryview[float]) -> None:
         """Make ready what to wait by; let signals in."""
         self.pid, self.busy_since = os.getpid(), busy_since
         for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM):
@@ -740,8 +740,14 @@ class Worker:
         log(record("*", "Child Process Started."))
         self.busy_since[0] = IDLE
 
+    def forked(self) -> None:
+        """In a process that the handler has forked: it can be terminated, and does not keep the client waiting."""
+        if self.connection:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self.connection.close()
+
     def run(self) -> None:
-        while self.left and os.getppid() == self.manager:
+        while self.requests_left and os.getppid() == self.manager_pid:
             try:
                 descriptor, address = self.listener._accept()  # type: ignore[attr-defined]  # accept() makes much of it
             except (BlockingIOError, ConnectionAbortedError):
@@ -757,7 +763,7 @@ class Worker:
                 break
         if self.told_to_leave:
             log(record("*", "Caught SIGTERM"))
-        log(record("*", f"Child Process Ended. ({self.left})"))
+        log(record("*", f"Child Process Ended. ({self.requests_left})"))
 
     def serve(self, connection: socket.SocketType, client: str) -> None:
         """One request.  A client that leaves without having sent a byte is none."""
@@ -779,10 +785,10 @@ class Worker:
                 reason = why if isinstance(why, Refused) else f"text is not UTF-8 at byte offset {why.start}"
                 log(records + record("-", f"Client: {client}; Refused: {reason}."))
                 records, reply = "", f"error: {reason}".encode()
-            self.left -= 1
+            self.requests_left -= 1
             self.answer(connection, b"%d %b\n" % (self.pid, reply), half_closed)
         except OSError as why:
-            lost = "Lost" if records else "Reply Not Taken"
+            lost = "Lost" if records else "Reply Not Taken"  # what is not logged yet tells that the text had not come
             log(records + record("-", f"Client: {client}; {lost}: {why.strerror or why}."))
         log(record("-", "Client Query Processing Ended.", self.pid))
 
@@ -916,10 +922,10 @@ def traced(message: str, why: BaseException) -> str:
 class Printed(io.TextIOWrapper):
     """Standard output and error of handlers: each line becomes a record of the log.  Not theirs to take apart."""
 
-    used = False
-
     def __init__(self) -> None:
-        super().__init__(PrintedRecords(2, "wb", False), "utf-8", "backslashreplace", line_buffering=True)
+        super().__init__(PrintedRecords(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+
+    used = False  # or there is nothing to flush
 
     def write(self, text: str) -> int:
         self.used = True
@@ -929,7 +935,13 @@ class Printed(io.TextIOWrapper):
         return self.buffer
 
 
-class PrintedRecords(io.FileIO):
+class PrintedRecords(io.RawIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 2
+
     def write(self, data: Any) -> int:
         log(record("-", "Printed:") + indented(bytes(data).decode(errors="backslashreplace")))
         return len(data)

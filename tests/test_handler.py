@@ -394,6 +394,26 @@ def test_a_thread_that_it_starts_at_import_keeps_no_command_from_ending(service:
     daemon.communicate()
 
 
+@pytest.mark.parametrize("imported", ["at import", "at each request"])
+def test_it_may_use_threads_and_what_is_built_on_them(service: Service, imported: str) -> None:
+    imports = "import concurrent.futures, logging, subprocess, threading"
+    service.write_handler(f"""
+{imports if imported == "at import" else ""}
+
+def handle(text):
+    {imports}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        doubled = "".join(pool.map(lambda character: 2 * character, text))
+    logging.getLogger().warning("logged")
+    told = subprocess.run(["echo", doubled], capture_output=True, text=True, check=True).stdout.strip()
+    alone = threading.enumerate() == [threading.current_thread()] == [threading.main_thread()]
+    return f"{{told}} {{alone}}"
+""")
+    service.start("-w", "1", "-n", "2", "--handler", "service:handle")
+    assert [service.ask("abc").split()[1:] for _ in range(3)] == [["aabbcc", "True"]] * 3
+    assert lines_under(service, "Printed:") == ["logged"] * 3
+
+
 def test_what_it_does_to_signals_at_import_deafens_nobody(service: Service) -> None:
     service.write_handler("""
 import signal

@@ -155,8 +155,9 @@ def test_in_the_foreground_a_standard_error_that_nobody_reads_any_more_costs_onl
             log += os.read(reading, 10000)
         os.close(reading)
         assert service.ask("x").endswith(" your text size: 1\n")
+        workers = service.workers()
         os.kill(process.pid, signal.SIGHUP)
-        service.wait_for_new_workers(service.workers())
+        service.wait_for_new_workers(workers)
         assert service.ask("x").endswith(" your text size: 1\n")
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == 0
