@@ -371,6 +371,47 @@ def handle(text):
     assert not service.records("Child Process Died")
 
 
+def test_its_module_may_wait_for_commands_that_it_runs_beside_the_workers(service: Service) -> None:
+    service.write_handler(f"""
+import subprocess, threading, time
+
+def run():
+    statuses = []
+    for _ in range(5):
+        command = subprocess.Popen(["sh", "-c", "sleep 0.02; exit 5"])
+        while command.poll() is None:  # while the manager looks after its workers
+            time.sleep(0.005)
+        statuses.append(command.returncode)
+    open({str(service.home / "statuses")!r}, "w").write(f"{{statuses}}\\n")
+
+threading.Thread(target=run).start()
+
+def handle(text):
+    return text
+""")
+    service.start("-w", "2", "-n", "1", "--handler", "service:handle")
+    statuses = service.home / "statuses"
+
+    def told() -> bool:
+        service.ask("x")
+        return statuses.exists() and statuses.read_text().endswith("\n")
+
+    wait_until(told, "the commands")
+    assert statuses.read_text() == "[5, 5, 5, 5, 5]\n"
+
+
+def test_it_may_lock_files_with_lockfile(service: Service) -> None:
+    service.write_handler(f"""
+import lockfile
+
+def handle(text):
+    with lockfile.LockFile({str(service.home / "locked")!r}):
+        return "locked"
+""")
+    service.start("-w", "1", "--handler", "service:handle")
+    assert [service.ask("x").split()[1] for _ in range(2)] == ["locked"] * 2
+
+
 def test_a_default_timeout_that_it_sets_is_not_that_of_its_clients(service: Service) -> None:
     service.write_handler("import socket\nsocket.setdefaulttimeout(0.05)\ndef handle(text):\n    return text")
     service.start("-w", "1", "--handler", "service:handle")

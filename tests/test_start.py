@@ -100,6 +100,33 @@ def test_a_start_given_up_with_ctrl_c_leaves_nothing_even_if_the_handler_hangs_i
     assert not service.pid_file.exists()
 
 
+HELD_UP = """
+import os, time
+
+if os.fork() == 0:  # which keeps the launcher waiting
+    while not os.path.exists("{HOME}/go"):
+        time.sleep(0.01)
+    os._exit(0)
+raise RuntimeError("no good")
+"""
+
+
+def test_a_start_that_fails_never_stops_the_service_that_somebody_else_starts_meanwhile(service: Service) -> None:
+    service.expected += ["Manager Failed", "^    "]
+    service.write_handler(HELD_UP.replace("{HOME}", str(service.home)))
+    start = subprocess.Popen([sys.executable, str(DAEMON), "-p", str(free_port()), "--handler", "service:handle"],
+                             env=service.env, cwd=service.home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: service.records("Server Terminated"), "the start to fail")
+    manager = wait_until(lambda: service.run("-p", str(service.port)).returncode == 0 and service.manager(), "a start")
+    (service.home / "go").touch()
+    assert start.communicate(timeout=50) == ("", "daemontest.py: cannot load handler service:handle: "
+                                                 "RuntimeError: no good\n")
+    assert start.returncode == 1
+    assert service.run("--status").stdout == f"{manager}\n"
+    assert len(service.records("Server Terminated")) == 1
+
+
 def answers(service: Service, host: str) -> bool:
     try:
         return service.ask("x", host).endswith(" your text size: 1\n")
