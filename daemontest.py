@@ -40,7 +40,7 @@ from types import ModuleType
 from daemon import DaemonContext
 
 # lockfile imports threading for locks of a kind not used here, and what threading does in each new process would cost
-# a worker a third of its start.  So lockfile gets a stand-in; whoever needs threading imports the real one.
+# a worker a quarter of its start.  So lockfile gets a stand-in; whoever needs threading imports the real one.
 sys.modules.setdefault("threading", STAND_IN := ModuleType("threading"))
 vars(STAND_IN).update(current_thread=lambda: importlib.import_module("threading").current_thread(),
                       Thread=type("Thread", (), {"get_name": None}))
