@@ -922,10 +922,10 @@ def traced(message: str, why: BaseException) -> str:
 class Printed(io.TextIOWrapper):
     """Standard output and error of handlers: each line becomes a record of the log.  Not theirs to take apart."""
 
+    used = False  # as long as there is nothing to flush
+
     def __init__(self) -> None:
         super().__init__(PrintedRecords(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
-
-    used = False  # or there is nothing to flush
 
     def write(self, text: str) -> int:
         self.used = True
