@@ -1,13 +1,21 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["python-daemon>=2.3", "lockfile>=0.12.2"]
+# ///
 """daemontest: a pre-forking UNIX daemon that answers each text with its length.
 
-One manager process keeps a number of workers alive.  All of them accept clients on the one
-listening socket that the manager opened; each connection brings a text and takes a reply.
+    manager ---> generation ---> N workers, all accepting on one listening socket
+
+The manager owns the PID file, the listener and the log, and never runs the handler's code.  A
+generation is one reading of the configuration and one import of the handler; a reload is the next
+generation.  A worker converses with many clients at a time and calls the handler for one text at a time.
 To serve something else, write a function from text to text and name it with --handler.
 
 Signals to the manager:  TERM, INT, QUIT   stop gracefully
                          HUP               reload configuration and handler, reopen the log
-Signals to a worker:     TERM              finish the request in hand, leave, be replaced
+                         USR1              log what goes on
+Signals to a worker:     TERM              finish the requests in hand, leave, be replaced
 
 Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usage,
 3 --status and not running.
@@ -15,50 +23,63 @@ Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usa
 
 from __future__ import annotations
 
+import os
+import sys
+
+PROGRAM = "daemontest.py"
+
+
+def tell_and_exit(kind: type[BaseException], why: BaseException, trace: Any) -> None:
+    """Tell in one line what ends the program before main() is there to tell it."""
+    if issubclass(kind, KeyboardInterrupt):
+        told = "interrupted"
+    elif issubclass(kind, ImportError):
+        told = f"cannot import a library: {why}; pip install python-daemon lockfile"
+    else:
+        sys.__excepthook__(kind, why, trace)
+        return
+    os.write(2, f"{PROGRAM}: {told}\n".encode(errors="replace"))
+    os._exit(1)
+
+
+sys.excepthook = tell_and_exit  # before the imports, which take longest
+
 import argparse
+import atexit
+import errno
 import fcntl
 import functools
 import gc
+import heapq
 import importlib
 import io
+import itertools
 import math
 import mmap
-import os
 import re
+import resource
 import select
 import signal
 import socket
 import stat
-import sys
 import time
+import tomllib
 import traceback
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType
+from dataclasses import Field, dataclass, field, fields, replace
+from enum import Enum
+from typing import Any
 
 from daemon import DaemonContext
+from lockfile.pidlockfile import PIDLockFile
 
-# lockfile imports threading for locks of a kind not used here, and what threading does in each new process would cost
-# a worker a quarter of its start.  So lockfile gets a stand-in; whoever needs threading imports the real one.
-sys.modules.setdefault("threading", STAND_IN := ModuleType("threading"))
-vars(STAND_IN).update(current_thread=lambda: importlib.import_module("threading").current_thread(),
-                      Thread=type("Thread", (), {"get_name": None}))
-from lockfile.pidlockfile import PIDLockFile  # noqa: E402
-
-if sys.modules["threading"] is STAND_IN:
-    del sys.modules["threading"]
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # typing itself is not needed, and takes its time
-    from typing import Any
-
-__version__ = "1.0.0"
-PROGRAM = "daemontest.py"
+__version__ = "2.0.0"
 
 
 def text_length(text: str) -> str:
-    """The service itself, unless --handler names another."""
+    """Answer TEXT with its length: the service itself, unless --handler names another."""
     return f"your text size: {len(text)}"
 
 
@@ -72,7 +93,7 @@ class Failure(Exception):
 
 @contextmanager
 def failing_to(act: str) -> Iterator[None]:
-    """Makes an OSError, or a name that cannot be, the Failure to ACT."""
+    """Turn an OSError, or the ValueError of an impossible file name, into a Failure: "cannot ACT: WHY"."""
     try:
         yield
     except (OSError, ValueError) as why:
@@ -82,7 +103,8 @@ def failing_to(act: str) -> Iterator[None]:
 
 # ---- Settings -----------------------------------------------------------------------
 
-SECONDS, NAME = (0.01, 86400), r"[^\0]+"
+SECONDS = (0.01, 86400)
+NAME = r"[^\0]+"
 STANDARD_ERROR = ""  # the name of the log file with -f
 STARTED_IN = "/"
 with suppress(FileNotFoundError):  # that directory may have been removed
@@ -93,73 +115,83 @@ def absolute(path: str) -> str:
     return os.path.join(STARTED_IN, os.path.expanduser(path))
 
 
-class Setting:
-    """How a setting is given, and what it may be: a number within limits, or a text that has a pattern."""
-
-    def __init__(self, default: Any, fits: Any, metavar: str, about: str, *short: str) -> None:
-        self.kind: Any = type(default)
-        self.default = absolute(default) if metavar == "FILE" else default
-        self.fits, self.metavar, self.short = fits, metavar, short
-        self.help = about.replace("%", f"{default:g}" if fits is SECONDS else str(default))
-
-    def fitting(self, value: Any) -> Any:
-        """VALUE as it is to be.  Raises ValueError, which says what was expected."""
-        if self.kind is str:
-            good, expected = isinstance(value, str) and re.fullmatch(self.fits, value), f"a string, {self.metavar}"
-        else:
-            good = type(value) in (int, self.kind) and self.fits[0] <= value <= self.fits[1]  # a bool is no number here
-            number = "whole number" if self.kind is int else "number of seconds"
-            expected = f"a {number} from {self.fits[0]} to {self.fits[1]}"
-        if not good:
-            raise ValueError(f"expected {expected}")
-        return absolute(value) if self.metavar == "FILE" else self.kind(value)
+def option(default: Any, fits: Any, metavar: str, about: str, *short: str) -> Any:
+    """A setting with all that is to be said of it: FITS holds a number's limits, or a string's pattern."""
+    shown = f"{default:g}" if fits is SECONDS else str(default)
+    return field(default=absolute(default) if metavar == "FILE" else default,
+                 metadata={"fits": fits, "metavar": metavar, "help": about.replace("%", shown), "short": short})
 
 
-# Each is a long option and, with _ for -, a key of the configuration file.
-SETTINGS = {
-    "bind": Setting("", NAME, "ADDRESS", "where to listen (default: every address, IPv4 and IPv6)", "-b"),
-    "port": Setting(36000, (1, 65535), "N", "TCP port (default: %)", "-p"),
-    "workers": Setting(5, (1, 10000), "N", "pre-forked worker processes (default: %)", "-w"),
-    "max_requests": Setting(100, (1, 10**9), "N", "requests until a worker is replaced (default: %)", "-n"),
-    "handler": Setting("__main__:text_length", r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION",
-                       "the service, a function from text to text (default: the length of the text)"),
-    "timeout": Setting(10.0, SECONDS, "SECONDS", "for a client's text, and for its reply (default: %)"),
-    "handler_timeout": Setting(30.0, SECONDS, "SECONDS", "for the handler, or its worker is killed (default: %)"),
-    "grace": Setting(30.0, SECONDS, "SECONDS", "for workers to finish at a stop or reload (default: %)"),
-    "max_text": Setting(2**24, (1, 2**40), "BYTES", "longer texts are refused (default: %)"),
-    "pid_file": Setting("~/daemontest.pid", NAME, "FILE", "holds the manager's process ID (default: %)"),
-    "log_file": Setting("~/daemontest.log", NAME, "FILE", "the log (default: %; with -f standard error)"),
-}
+@dataclass(frozen=True)
+class Settings:
+    """All settings.  Each is a long option and, with _ for -, a key of the configuration file."""
+
+    bind: str = option("", NAME, "ADDRESS", "where to listen (default: every address, IPv4 and IPv6)", "-b")
+    port: int = option(36000, (1, 65535), "N", "TCP port (default: %)", "-p")
+    workers: int = option(5, (1, 10000), "N", "pre-forked worker processes (default: %)", "-w")
+    max_requests: int = option(100, (1, 10**9), "N", "requests until a worker is replaced (default: %)", "-n")
+    handler: str = option("__main__:text_length", r"\w+(\.\w+)*:\w+", "MODULE:FUNCTION",
+                          "the service, a function from text to text (default: the length of the text)")
+    timeout: float = option(10.0, SECONDS, "SECONDS", "for a client's text, and for its reply (default: %)")
+    handler_timeout: float = option(30.0, SECONDS, "SECONDS", "for the handler, or its worker is killed (default: %)")
+    grace: float = option(30.0, SECONDS, "SECONDS", "for workers to finish at a stop or reload (default: %)")
+    max_text: int = option(2**24, (1, 2**40), "BYTES", "longer texts are refused (default: %)")
+    pid_file: str = option("~/daemontest.pid", NAME, "FILE", "holds the manager's process ID (default: %)")
+    log_file: str = option("~/daemontest.log", NAME, "FILE", "the log (default: %; with -f standard error)")
+
+
+OPTIONS: dict[str, Field[Any]] = {each.name: each for each in fields(Settings)}
 WAIT_FOR_RESTART = ("bind", "port", "pid_file")
 
 
-def read_settings(options: Namespace) -> Namespace:
-    """All settings: the command line over the configuration file over the defaults.  Raises Failure."""
-    path = absolute("~/daemontest.toml" if options.config is None else options.config)
-    values = {name: setting.default for name, setting in SETTINGS.items()}
-    values["directory"] = STARTED_IN  # where the handler is searched for first
-    if options.action is foreground:
-        values["log_file"] = STANDARD_ERROR
-    if options.config is not None or os.path.exists(path):
-        import tomllib  # only when it is needed: a fork is dearer by all that has been imported
+@dataclass(frozen=True)
+class Configuration:
+    """One reading of the settings, and the directory in which the handler is searched for first."""
 
-        with failing_to(f"read configuration {path}"), open(path, "rb") as file:
-            content = file.read()
+    settings: Settings
+    directory: str
+
+
+def fitting(name: str, value: Any) -> Any:
+    """VALUE as the setting NAME is to have it.  Raises ValueError, which says what was expected."""
+    default: Any = OPTIONS[name].default
+    facts, kind = OPTIONS[name].metadata, type(default)
+    if kind is str:
+        good, expected = isinstance(value, str) and re.fullmatch(facts["fits"], value), f"a string, {facts['metavar']}"
+    else:
+        least, most = facts["fits"]
+        good = type(value) in (int, kind) and least <= value <= most  # a bool is no number here
+        expected = f"a {'whole number' if kind is int else 'number of seconds'} from {least} to {most}"
+    if not good:
+        raise ValueError(f"expected {expected}")
+    return absolute(value) if facts["metavar"] == "FILE" else kind(value)
+
+
+def read_configuration(file: str | None, given: dict[str, Any], log_file: str | None = None) -> Configuration:
+    """The settings GIVEN on the command line, over those in FILE, over the defaults, LOG_FILE being one.
+
+    Raises Failure, which names the file, the key and what is expected.
+    """
+    path = absolute("~/daemontest.toml" if file is None else file)
+    values: dict[str, Any] = {} if log_file is None else {"log_file": log_file}
+    directory = STARTED_IN
+    if file is not None or os.path.exists(path):
+        with failing_to(f"read configuration {path}"), open(path, "rb") as opened:
+            content = opened.read()
         fault = "expected TOML"
         try:
             for key, value in tomllib.loads(content.decode()).items():
                 fault = key
-                if key not in SETTINGS:
-                    raise ValueError(f"unknown key, expected one of {', '.join(SETTINGS)}")
-                values[key] = SETTINGS[key].fitting(value)
+                if key not in OPTIONS:
+                    raise ValueError(f"unknown key, expected one of {', '.join(OPTIONS)}")
+                values[key] = fitting(key, value)
         except (ValueError, RecursionError) as why:  # TOML's own and UTF-8's, too
             raise Failure(f"bad configuration {path}: {fault}: {why}") from why
-        values["directory"] = os.path.dirname(path)
-    values |= {name: given for name, given in vars(options).items() if name in SETTINGS}
-    settings = Namespace(**values)
-    if settings.pid_file == settings.log_file:
+        directory = os.path.dirname(path)
+    settings = Settings(**values | given)
+    if os.path.realpath(settings.pid_file) == os.path.realpath(settings.log_file):
         raise Failure(f"bad settings: pid_file and log_file are both {settings.pid_file}")
-    return settings
+    return Configuration(settings, directory)
 
 
 # ---- Command line -------------------------------------------------------------------
@@ -167,19 +199,17 @@ def read_settings(options: Namespace) -> Namespace:
 
 def main() -> None:
     mend_standard_streams()
-    options = parse_command_line()
-    failure, exit_status = "", 0
+    action, file, given = parse_command_line()
+    told, exit_status = "", 0
     try:
-        options.action(options)
+        action(file, given)
     except Failure as why:
-        failure, exit_status = str(why), why.exit_status
+        told, exit_status = str(why), why.exit_status
     except KeyboardInterrupt:
-        failure, exit_status = "interrupted", 1
-    with suppress(Exception):
-        sys.stdout.flush()  # what a handler's module may have printed
+        told, exit_status = "interrupted", 1
     with suppress(OSError):
-        os.write(2, f"{PROGRAM}: {printable(failure)}\n".encode() if failure else b"")
-    os._exit(exit_status)  # at once: a thread that a handler's module started must not keep it
+        os.write(2, f"{PROGRAM}: {printable(told)}\n".encode() if told else b"")
+    os._exit(exit_status)
 
 
 def mend_standard_streams() -> None:
@@ -191,14 +221,15 @@ def mend_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
-def parse_command_line() -> Namespace:
+Action = Callable[[str | None, dict[str, Any]], None]
+
+
+def parse_command_line() -> tuple[Action, str | None, dict[str, Any]]:
     """The action, the name of the configuration file, and those settings that are given."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage="%(prog)s [-f | -t | --reload | --status | --check] [-c FILE] [SETTING ...]",
         description="A pre-forking TCP service, text in, text out. Without an action it starts in the background.",
-        epilog="Each setting is also a key of the configuration file (TOML), with _ for -.", allow_abbrev=False,
-        # A width given keeps argparse from importing what finds out the terminal's.
-        formatter_class=functools.partial(argparse.HelpFormatter, width=None if {"-h", "--help"} & {*sys.argv} else 80))
+        epilog="Each setting is also a key of the configuration file (TOML), with _ for -.", allow_abbrev=False)
     actions = parser.add_mutually_exclusive_group()
     for names, action in ((("-f", "--foreground"), foreground), (("-t", "--terminate"), terminate),
                           (("--reload",), reload), (("--status",), status), (("--check",), check)):
@@ -207,123 +238,184 @@ def parse_command_line() -> Namespace:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("-c", "--config", metavar="FILE",
                         help="configuration (default: ~/daemontest.toml, if it exists)")
-    settings = parser.add_argument_group("settings")
-    for name, setting in SETTINGS.items():
-        settings.add_argument(*setting.short, f"--{name.replace('_', '-')}", type=setting.kind, help=setting.help,
-                              default=argparse.SUPPRESS, metavar=setting.metavar)
-    options = parser.parse_args()
-    for name in SETTINGS.keys() & vars(options):
+    group = parser.add_argument_group("settings")
+    for name, each in OPTIONS.items():
+        group.add_argument(*each.metadata["short"], f"--{name.replace('_', '-')}", type=type(each.default),
+                           help=each.metadata["help"], default=argparse.SUPPRESS, metavar=each.metadata["metavar"])
+    found = vars(parser.parse_args())
+    action, file = found.pop("action"), found.pop("config")
+    given: dict[str, Any] = {}
+    for name, value in found.items():
         try:
-            setattr(options, name, SETTINGS[name].fitting(getattr(options, name)))
+            given[name] = fitting(name, value)
         except ValueError as why:
             parser.error(f"--{name.replace('_', '-')}: {why}")
-    return options
+    if action is reload and (unheard := given.keys() - {"pid_file"}):
+        parser.error(f"--reload does not reach the service with --{min(unheard).replace('_', '-')}: configure it")
+    return action, file, given
 
 
 def say(outcome: str) -> None:
     """Write OUTCOME as a line of standard output.  Raises Failure."""
     with failing_to("write to standard output"):
-        print(outcome, file=sys.__stdout__, flush=True)
+        print(outcome, flush=True)
 
 
-def status(options: Namespace) -> None:
+def status(file: str | None, given: dict[str, Any]) -> None:
     """print the process ID of the running service, or exit with 3"""
-    pid = running_service(options).read_pid()
+    pid = pid_file_to_ask(file, given).read_pid()
     if pid is None:
         raise Failure("not running", exit_status=3)
     say(str(pid))
 
 
-def terminate(options: Namespace) -> None:
+def terminate(file: str | None, given: dict[str, Any]) -> None:
     """stop the service gracefully; return when all its processes are gone"""
-    say(f"{PROGRAM} {running_service(options).signal_manager(signal.SIGTERM, wait=True)} Server terminated.")
+    say(f"{PROGRAM} {pid_file_to_ask(file, given).signal_manager(signal.SIGTERM, wait=True)} Server terminated.")
 
 
-def running_service(options: Namespace) -> PidFile:
-    """The PID file to ask.  A configuration that broke since the start must not keep the service from being stopped."""
+def reload(file: str | None, given: dict[str, Any]) -> None:
+    """have the service reload; return when the new workers serve"""
+    word, _, rest = pid_file_to_ask(file, given).ask_for_reload().partition(" ")
+    if word != "reloaded":
+        raise Failure(f"nothing changed: {rest}")
+    say(f"{PROGRAM}: {rest} reloaded")
+
+
+def pid_file_to_ask(file: str | None, given: dict[str, Any]) -> PidFile:
+    """The running service's PID file.  A configuration that broke since the start must not keep it from being found."""
     try:
-        return PidFile(read_settings(options).pid_file)
+        return PidFile(read_configuration(file, given).settings.pid_file)
     except Failure:
-        options.config = os.devnull
-        pid_file = PidFile(read_settings(options).pid_file)
+        pid_file = PidFile(read_configuration(os.devnull, given).settings.pid_file)
         if pid_file.read_pid() is None:
             raise
         return pid_file
 
 
-def check(options: Namespace) -> None:
+def check(file: str | None, given: dict[str, Any]) -> None:
     """check the configuration and the handler; start nothing"""
-    load_handler(read_settings(options))
+    configuration = read_configuration(file, given)
+    news, telling = os.pipe()
+
+    def trial() -> None:  # in a process of its own, whose end a module cannot turn into a good outcome
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        try:
+            load_handler(configuration)
+        except Failure as why:
+            os.write(telling, str(why).encode())
+        else:
+            os.write(telling, b"good")
+        sys.stdout.flush()
+        os._exit(0)
+
+    pid = forked(trial)
+    try:
+        _, ended = os.waitpid(pid, 0)
+    finally:
+        kill_group(pid)
+    os.set_blocking(news, False)
+    outcome = ""
+    with suppress(BlockingIOError):
+        outcome = os.read(news, select.PIPE_BUF).decode(errors="replace")
+    if outcome != "good":
+        raise Failure(outcome or not_loaded(configuration, f"the process died ({cause_of_death(ended)})"))
     say(f"{PROGRAM}: configuration is good")
-
-
-def reload(options: Namespace) -> None:
-    """check as --check does; if all is good, have the service use it"""
-    settings = read_settings(options)
-    load_handler(settings)
-    say(f"{PROGRAM}: {PidFile(settings.pid_file).signal_manager(signal.SIGHUP)} reloads")
 
 
 # ---- Start --------------------------------------------------------------------------
 
 UMASK = 0o027
 STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
-LOOKS = {signal.SIGCHLD, signal.SIGALRM}  # the manager is to look after its workers
-LOOP_SIGNALS = STOPS | LOOKS | {signal.SIGHUP}
-ALREADY_TOLD = ""
+HELD = STOPS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}  # while nobody is there to take them
 
 
-def background(options: Namespace) -> None:
+def background(file: str | None, given: dict[str, Any]) -> None:
     """start detached; return when the service answers"""
-    manager = Manager(options)
-    with manager.prepared():
-        with failing_to("start"):
-            reading, manager.report = os.pipe()
-            in_launcher = os.fork()
-        if not in_launcher:
-            manager.run()
-            return
-        os.close(manager.report)
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, LOOP_SIGNALS)
-            report = open(reading, "rb")
-            outcome = report.readline()
-            if outcome.startswith(b"+"):
-                say(f"{PROGRAM}: {outcome[1:-1].decode()}")
-                signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)  # too late to give the start up
-                return
-        except (Failure, KeyboardInterrupt) as why:  # a start that fails leaves nothing behind
-            signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
-            hangs = isinstance(why, KeyboardInterrupt)  # maybe in the import of a handler, which takes no other signal
-            if manager.pid_file.is_at_path():  # otherwise the service there is another's
-                with suppress(Failure):
-                    manager.pid_file.signal_manager(signal.SIGKILL if hangs else signal.SIGTERM, wait=True)
-            raise
-        with suppress(OSError):
-            os.write(2, outcome + report.read())  # which ends when the manager does
-        raise Failure(ALREADY_TOLD if outcome else "cannot start: the manager died")
+    start(functools.partial(read_configuration, file, given), detach=True)
 
 
-def foreground(options: Namespace) -> None:
+def foreground(file: str | None, given: dict[str, Any]) -> None:
     """serve without detaching, until a signal such as Ctrl-C"""
-    manager = Manager(options)
-    with manager.prepared():
-        manager.run()
+    start(functools.partial(read_configuration, file, given, STANDARD_ERROR), detach=False)
 
 
-def hold_signals() -> None:
-    """Block what the manager's loop waits for, and have none of it ignored: that could not be waited for.
+def start(read: Callable[[], Configuration], detach: bool) -> None:
+    """Check, claim, listen, detach, serve.  Raises Failure, and leaves nothing behind then."""
+    # Check.
+    configuration = read()
+    settings = configuration.settings
 
-    What workers do at TERM is set up here, too, so that it counts from their first moment.
+    # Claim.
+    os.umask(UMASK)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    terminal = os.dup(2)
+    launcher: socket.socket | None = None
+    pid_file = PidFile(settings.pid_file)
+    pid_file.claim()
+    try:
+        # Listen.
+        listener, ours = open_listener(settings)
+        log_file = open_log(settings.log_file, terminal)
+
+        # Detach.
+        if detach:
+            with failing_to("start"):
+                manager, launcher = socket.socketpair()
+                in_launcher = os.fork()
+            if in_launcher:
+                launcher.close()
+                launcher = None
+                await_outcome(manager)
+                return
+            manager.close()
+        with failing_to("become a daemon"):
+            context = DaemonContext(
+                detach_process=detach, umask=UMASK, pidfile=pid_file, stdout=log_file, stderr=log_file, signal_map={},
+                files_preserve=[listener, pid_file.lock, launcher or terminal])
+            context.open()
+        atexit.unregister(context.close)  # which would remove the PID file at the end of any child
+        os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
+        LOG.take(log_file)
+
+        # Serve.
+        Manager(read, configuration, pid_file, listener, ours, -1 if launcher else terminal, launcher).run()
+    except BaseException as why:
+        pid_file.release()  # nothing if the manager has done it
+        if launcher:
+            with suppress(OSError):
+                launcher.sendall(f"failed {printable(str(why))}\n".encode())
+            os._exit(1)
+        os.dup2(terminal, 2)
+        raise
+
+
+def await_outcome(manager: socket.socket) -> None:
+    """The launcher's part of a start: wait for the manager's word and pass it on.  Raises Failure.
+
+    The manager gives the start up if the launcher's end of the connection ends before the launcher
+    has passed the word on: at Ctrl-C, if standard output cannot be written, or if the launcher is killed.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
-    for signum in LOOP_SIGNALS:
-        signal.signal(signum, Worker.leave if signum == signal.SIGTERM else lambda *_: None)
-        signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
+    words = manager.makefile("r", encoding="utf-8")
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+        word, _, told = words.readline().rstrip("\n").partition(" ")
+        if word == "started":
+            say(f"{PROGRAM}: {told}")
+            signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # too late to give the start up
+            manager.sendall(b"told\n")
+            return
+    except (Failure, KeyboardInterrupt):
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        manager.shutdown(socket.SHUT_WR)
+        words.read()  # until the manager has gone
+        raise
+    words.read()
+    raise Failure(told if word == "failed" else "cannot start: the manager died")
 
 
-def open_listener(settings: Namespace) -> socket.socket:
-    """The one listening socket: the service manager's (sd_listen_fds(3)) or a new one.  Raises Failure."""
+def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
+    """The one listening socket, and whether it is ours or the service manager's (sd_listen_fds(3)).  Raises Failure."""
     handed_over, for_whom, _ = (os.environ.pop(f"LISTEN_{name}", "") for name in ("FDS", "PID", "FDNAMES"))
     if handed_over and for_whom == str(os.getpid()):
         with suppress(OSError):
@@ -331,7 +423,7 @@ def open_listener(settings: Namespace) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # refused by what is not TCP
             listener.set_inheritable(False)
             if handed_over == "1" and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                return listener
+                return listener, False
         raise Failure("cannot use LISTEN_FDS: expected one listening TCP socket")
     with failing_to(f"listen on {settings.bind} port {settings.port}".replace("  ", " ")):
         dual = not settings.bind and socket.has_dualstack_ipv6()
@@ -339,33 +431,7 @@ def open_listener(settings: Namespace) -> socket.socket:
         if settings.bind:
             found: list[Any] = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
             family, _, _, _, address = min(found)  # IPv4, if the name has such an address
-        return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual)
-
-
-def load_handler(settings: Namespace) -> Callable[[str], str]:
-    """Import the handler anew, with its package and what came from its directory.  On Failure nothing has changed."""
-    module_name, function_name = settings.handler.split(":")
-    modules, path = dict(sys.modules), list(sys.path)
-    for name, module in modules.items():
-        file, here = str(getattr(module, "__file__", None) or ""), os.path.join(settings.directory, *name.split("."))
-        if name != "__main__" and (file.startswith(here) or name.split(".")[0] == module_name.split(".")[0]):
-            del sys.modules[name]
-    sys.dont_write_bytecode = True  # it is found stale by whole seconds only: a quick edit would go unseen
-    importlib.invalidate_caches()
-    sys.path[:] = [settings.directory, *(entry for entry in path if entry != settings.directory)]
-    try:
-        handler: Callable[[str], str] = getattr(importlib.import_module(module_name), function_name)
-        if not callable(handler):
-            raise TypeError(f"{function_name} is not a function")
-    except BaseException as why:  # SystemExit too: a module must not end the manager
-        sys.modules.clear()
-        sys.modules.update(modules)
-        sys.path[:] = path
-        reason = type(why).__name__
-        with suppress(BaseException):  # an exception of the module's own may fail to say what it is
-            reason += f": {why}"
-        raise Failure(f"cannot load handler {settings.handler}: {reason}") from why
-    return handler
+        return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual), True
 
 
 # ---- PID file -----------------------------------------------------------------------
@@ -374,36 +440,43 @@ def load_handler(settings: Namespace) -> Callable[[str], str]:
 class PidFile(PIDLockFile):  # type: ignore[misc]
     """A PID file whose truth is a flock(2) that the manager holds exclusively, for life.
 
-    That the file exists proves nothing, nor does what stands in it without that lock.  Whoever
-    only asks takes the lock shared, for a moment, and so is never mistaken for a manager.
+    Invariant: a PID stands in the file only beside the exclusive lock of the process that it names.  So neither the
+    file's existence nor what stands in it without that lock proves anything, and a leftover file is never in the way.
+    Whoever only asks takes the lock shared, for a moment, and so is never mistaken for a manager.
     """
 
     lock: io.FileIO  # the manager's
 
-    def attempts(self, flags: int) -> Iterator[tuple[io.FileIO, bool]]:
-        """The file, open and, unless a manager has it, locked shared until the next attempt.  Raises OSError.
-
-        Goes on for longer than a manager to be, or somebody who only asks, holds a lock.
-        """
-        end = time.monotonic() + 4.0
-        while time.monotonic() < end:
-            with open(os.open(self.path, flags | os.O_NONBLOCK, 0o644), "rb", 0) as file:
-                yield file, flocked(file, fcntl.LOCK_SH)
-            time.sleep(0.002)
-        raise OSError("another program keeps it locked")
+    def opened(self, flags: int) -> io.FileIO:
+        """The file, which must not be a symbolic link, nor anything but a regular file.  Raises OSError."""
+        try:
+            descriptor = os.open(self.path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+        except OSError as why:
+            if os.path.islink(self.path):
+                raise OSError("is a symbolic link") from why
+            raise
+        file = io.FileIO(descriptor, "r+" if flags & os.O_RDWR else "r")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file")
+        return file
 
     def claim(self) -> None:
         """Take the lock for the manager to be.  Raises Failure."""
         with failing_to(f"use PID file {self.path}"):
-            for file, free in self.attempts(os.O_RDWR | os.O_CREAT):
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise OSError("not a regular file")
-                if not free:
-                    raise Failure("cannot start: already running")
-                self.lock = io.FileIO(os.dup(file.fileno()), "r+")  # which outlives the attempt, lock and all
-                self.lock.truncate(0)  # while no manager can be: so a leftover PID never stands beside its lock
-                if flocked(self.lock, fcntl.LOCK_EX) and self.is_at_path():
+            for _ in patience():
+                file = self.opened(os.O_RDWR | os.O_CREAT)
+                if not flocked(file, fcntl.LOCK_SH):
+                    raise Failure(f"cannot start: already running (PID file {self.path})")
+                if not re.fullmatch(rb"\s*\S{0,32}\s*", file.read(1000)):
+                    raise OSError("not a PID file, since more stands in it than a number")
+                if os.fstat(file.fileno()).st_uid != os.geteuid():
+                    os.unlink(self.path)  # left over by another user: only root comes here
+                elif flocked(file, fcntl.LOCK_EX) and self.is_at_path(file):
+                    file.truncate(0)
+                    file.seek(0)
+                    self.lock = file
                     return
+                file.close()
 
     def acquire(self, timeout: float | None = None) -> None:
         """Write the PID of this process, DaemonContext's last.  The lock was claimed before its forks."""
@@ -411,43 +484,108 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def release(self) -> None:
         """Empty and remove the file.  The lock stays until the process has ended, which is what it tells."""
-        if self.is_at_path():
+        if self.is_at_path(self.lock):
             with suppress(OSError):  # in a directory that lets nothing be removed
                 self.lock.truncate(0)
                 os.unlink(self.path)
 
-    def is_at_path(self) -> bool:
-        """Whether the path still names the file that is locked."""
+    def is_at_path(self, file: io.FileIO) -> bool:
+        """Whether the path still names FILE."""
         with suppress(OSError):
-            return os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path))
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         return False
 
     def read_pid(self) -> int | None:
         """PID of the living manager, or None.  Waits until one that is starting has written it.  Raises Failure."""
         with failing_to(f"read PID file {self.path}"), suppress(FileNotFoundError):
-            for file, free in self.attempts(os.O_RDONLY):
-                if free:
-                    return None
-                if re.fullmatch(rb"[1-9]\d{0,8}\n", content := file.read(20)):
-                    return int(content)
+            for _ in patience():
+                with self.opened(os.O_RDONLY) as file:
+                    if flocked(file, fcntl.LOCK_SH):
+                        return None
+                    if re.fullmatch(rb"[1-9]\d{0,8}\n", content := file.read(20)):
+                        return int(content)
         return None
 
     def signal_manager(self, signum: signal.Signals, wait: bool = False) -> int:
         """Signal the manager; return its PID, with WAIT when it is gone.  Raises Failure if there is none."""
         with failing_to("signal the manager"), suppress(ProcessLookupError):  # which means that it has just ended
             while (pid := self.read_pid()) is not None:
-                if not hasattr(os, "pidfd_open"):  # elsewhere than on Linux
-                    os.kill(pid, signum)
-                    while wait and self.read_pid() == pid:
-                        time.sleep(0.01)
-                    return pid
-                process = os.pidfd_open(pid)
-                if self.read_pid() == pid:  # still the manager: the descriptor, unlike a number, can mean no other
+                process = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
+                if self.read_pid() != pid:
+                    continue  # the descriptor, unlike a number, can mean no other process from now on
+                if not self.belongs_to_owner(pid):
+                    raise OSError(f"process {pid} does not belong to the owner of {self.path}")
+                if process >= 0:
                     signal.pidfd_send_signal(process, signum)
-                    if wait:
-                        select.select([process], [], [])
-                    return pid
+                else:
+                    os.kill(pid, signum)
+                while wait and self.read_pid() == pid:
+                    readable(process, 1.0) if process >= 0 else time.sleep(0.01)
+                return pid
         raise Failure("not running")
+
+    def belongs_to_owner(self, pid: int) -> bool:
+        """Whether PID runs as the file's owner.  Only root could signal it otherwise (kill(2))."""
+        if os.geteuid() != 0:
+            return True
+        try:
+            owner = str(os.stat(f"/proc/{pid}").st_uid)
+        except FileNotFoundError:  # elsewhere than on Linux
+            owner = os.popen(f"ps -o uid= -p {pid}").read().strip()
+        return owner == str(os.stat(self.path).st_uid)
+
+    def ask_for_reload(self) -> str:
+        """Have the manager reload; its verdict, in one line.  Raises Failure.
+
+        The question is a FIFO beside the PID file, made before the signal: the manager answers those that are
+        there when it begins to read its configuration.
+        """
+        question = f"{self.path}.reload-{os.getpid()}-{time.monotonic_ns()}"
+        with failing_to(f"ask with {question}"):
+            if self.read_pid() is None:
+                raise Failure("not running")
+            os.mkfifo(question, 0o600)
+        try:
+            with failing_to(f"ask with {question}"), open(os.open(question, os.O_RDONLY | os.O_NONBLOCK), "rb", 0) as file:
+                if os.geteuid() == 0:
+                    os.fchown(file.fileno(), os.stat(self.path).st_uid, -1)
+                pid, verdict = self.signal_manager(signal.SIGHUP), b""
+                while not verdict.endswith(b"\n"):
+                    alive = self.read_pid() == pid
+                    verdict += file.read() or b""
+                    if not alive and not verdict:
+                        raise Failure("the service stopped meanwhile")
+                    time.sleep(0.01)
+                return verdict.decode(errors="replace").rstrip("\n")
+        finally:
+            with suppress(FileNotFoundError):  # the manager removes those that it has answered
+                os.unlink(question)
+
+    def answer(self, questions: Iterable[str], verdict: str) -> None:
+        for question in questions:
+            with suppress(OSError):  # ENXIO, open(2): nobody waits for the answer any more
+                file = os.open(question, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                if stat.S_ISFIFO(os.fstat(file).st_mode):
+                    os.write(file, printable(verdict).encode()[:select.PIPE_BUF - 1] + b"\n")
+                os.close(file)
+            with suppress(OSError):
+                os.unlink(question)
+
+    def questions(self) -> set[str]:
+        """The FIFOs of all who wait for a reload."""
+        directory, name = os.path.split(self.path)
+        with suppress(OSError):
+            return {file.path for file in os.scandir(directory) if file.name.startswith(f"{name}.reload-")}
+        return set()
+
+
+def patience() -> Iterator[None]:
+    """A turn every 2 ms for longer than a manager to be, or somebody who only asks, holds a lock; then OSError."""
+    end = time.monotonic() + 4.0
+    while time.monotonic() < end:
+        yield
+        time.sleep(0.002)
+    raise OSError("another program keeps it locked")
 
 
 def flocked(file: io.FileIO, kind: int) -> bool:
@@ -457,231 +595,510 @@ def flocked(file: io.FileIO, kind: int) -> bool:
     return False
 
 
-# ---- Manager ------------------------------------------------------------------------
-
-RESPAWN_DELAY = 1.0  # s until the place of a worker that died is filled again
-NOT_UP, IDLE = -1.0, 0.0
+# ---- Processes ----------------------------------------------------------------------
 
 
-class Child:
-    """What the manager knows of a worker."""
+def forked(life: Callable[[], None]) -> int:
+    """Fork a process that leads a group of its own, lives LIFE and ends; its PID.  Raises OSError.
 
-    leave_by = math.inf  # when it is killed, once it has been told to leave
-    killed_for = ""
+    LIFE begins with signals blocked, and must end the process itself: what comes back from it has failed.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if pid:
+        with suppress(OSError):  # the child has done it already, or has ended
+            os.setpgid(pid, pid)
+        return pid
+    try:
+        with suppress(OSError):
+            os.setpgid(0, 0)
+        life()
+    except BaseException as why:
+        log(traced("Process Failed:", why))
+    finally:
+        os._exit(1)
+
+
+def kill_group(pid: int) -> None:
+    """Kill process PID, if it still is, and those of its group that have outlived it."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def cause_of_death(status: int) -> str:
+    """What a process died of: the name of the signal, or the exit status (waitpid(2))."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit status {code}"
+    with suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"SIGRTMIN+{-code - signal.SIGRTMIN}"
+
+
+def name_process(name: str) -> None:
+    """Have ps(1) and top(1) show NAME, of at most 15 bytes, where a process can set it so (proc(5))."""
+    with suppress(OSError), open("/proc/self/comm", "wb", 0) as comm:
+        comm.write(name.encode())
+
+
+class Signals:
+    """Signals as data: each that comes is a byte of a pipe, for which a loop can wait beside other things.
+
+    So none interrupts, and two in a row both count.
+    """
+
+    def __init__(self, wanted: Iterable[int], ignored: Iterable[int],
+                 handler: Callable[..., None] = lambda *_: None) -> None:
+        self.reading, self.writing = os.pipe()
+        for end in (self.reading, self.writing):
+            os.set_blocking(end, False)
+        for signum in ignored:
+            signal.signal(signum, signal.SIG_IGN)
+        for signum in wanted:
+            signal.signal(signum, handler)
+            signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
+        signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def wait(self, seconds: float | None, *files: int) -> list[int]:
+        """Wait for a signal, or until FILES have something to read or end, at most SECONDS; the signals, in order."""
+        poller = select.poll()
+        for file in (self.reading, *files):
+            poller.register(file, select.POLLIN)
+        poller.poll(None if seconds is None else math.ceil(seconds * 1000))
+        return self.take()
+
+    def take(self) -> list[int]:
+        with suppress(BlockingIOError):
+            return list(os.read(self.reading, 65536))
+        return []
+
+    def close(self) -> None:
+        os.close(self.reading)
+        os.close(self.writing)
+
+
+class Clock:
+    """Seconds that stand still while this process, or the machine, is suspended: nobody is late for our own delay."""
 
     def __init__(self) -> None:
-        # Shared with the worker: [0] is NOT_UP, IDLE, or when its handler was called.
-        self.busy_since = memoryview(mmap.mmap(-1, 8)).cast("d")
-        self.busy_since[0] = NOT_UP
+        self.seconds, self.before = 0.0, time.monotonic()
+
+    def go_on(self, most: float, besides: float = 0.0) -> None:
+        """Let the time since the last call pass, but BESIDES, and what is beyond MOST by so much that we cannot
+        have been running."""
+        now = time.monotonic()
+        self.seconds += max(0.0, min(now - self.before - besides, most + 0.1))
+        self.before = now
+
+
+class Board:
+    """Numbers in memory that a generation, its workers and the manager share.  Each is written by one process at a time."""
+
+    # In the head:
+    LIMIT, STOPPING, IMPORTED = range(3)
+    # In the place of a worker; CALLED is when its handler was called (time.monotonic()), or 0:
+    STATE, PID, CALLED, SERVED, IN_HAND = range(5)
+    # The STATE of a worker, whose place is VACANT before and after; ENDED is what only its own decision makes it:
+    VACANT, STARTING, SERVING, LEAVING, ENDED = range(5)
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        line = 8  # numbers, a line of the processor's cache, so that no two processes write to the same
+        numbers = memoryview(mmap.mmap(-1, 8 * line * (2 * workers + 1))).cast("d")
+        self.head, *self.places = (numbers[start:start + line] for start in range(0, len(numbers), line))
+        self.open_up()
+
+    def open_up(self) -> None:
+        """Let there be as many workers that leave as others."""
+        self.head[self.LIMIT] = 2 * self.workers
+
+    def restrict(self) -> None:
+        """Let there be no workers beyond the number: the next generation needs the room."""
+        self.head[self.LIMIT] = self.workers
+
+    def count(self, *states: int) -> int:
+        return sum(place[self.STATE] in states for place in self.places)
+
+    def living(self) -> int:
+        return len(self.places) - self.count(self.VACANT)
+
+    def accepting(self) -> bool:
+        """Whether any worker may still accept a client: one that its handler occupies asks for none once told to leave."""
+        return any(place[self.STATE] in (self.STARTING, self.SERVING) and not place[self.CALLED]
+                   for place in self.places)
+
+
+# ---- Manager ------------------------------------------------------------------------
+
+RESPAWN_DELAY = 1.0  # s until what died is forked again
+PATIENCE = 0.5  # s that signals wait for a start to be told, and that a generation given up has to go by itself
+TICK = 0.02  # s between two looks while something is under way
+DEADLY = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT,
+          signal.SIGTRAP, signal.SIGSYS}  # not to be ignored, or of our own making
+JOB_CONTROL = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT}
+MEANT = STOPS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
+MEANINGLESS = signal.valid_signals() - DEADLY - JOB_CONTROL - MEANT
+
+
+class State(Enum):
+    """What the manager has made of a generation."""
+
+    LOADING = "imports its module, starts its first workers"
+    SERVING = "all its workers are up"
+    LEAVING = "has been told to leave, or is dead; its workers finish"
+    GIVEN_UP = "is not wanted any more, before it was up"
+
+
+class Generation:
+    """What the manager knows of one reading of the configuration, one import of the handler, and their workers."""
+
+    state = State.LOADING
+    pid = 0
+    dead = False  # and its workers are orphans
+    since = 0.0  # when its workers were up (time.time())
+    kill_at = math.inf  # on the manager's clock
+    words = b""  # it has said so far
+    silent = False  # and can say no more
+
+    def __init__(self, number: int, configuration: Configuration, log_file: io.FileIO | None, waiting: list[str]) -> None:
+        self.number, self.configuration = number, configuration
+        self.log_file, self.waiting = log_file, waiting  # of a reload: the log opened anew, what waits for a restart
+        self.board = Board(configuration.settings.workers)
+        self.news, self.telling = os.pipe()  # its word on how it went
+        self.lifeline, self.alive = os.pipe()  # only the manager holds ALIVE: end-of-file means that the manager is gone
+        os.set_blocking(self.news, False)
+
+    def hear(self) -> str:
+        """The next line that it has said, or nothing."""
+        with suppress(BlockingIOError):
+            self.words += (said := os.read(self.news, select.PIPE_BUF))
+            self.silent = not said
+        line, newline, rest = self.words.partition(b"\n")
+        self.words = rest if newline else self.words
+        return line.decode(errors="replace") if newline else ""
+
+    def orphans(self) -> list[int]:
+        """The workers that outlive it.  Each leads a group in this session, which no recycled PID does."""
+        pids = []
+        for place in self.board.places:
+            pid, ours = int(place[Board.PID]), False
+            with suppress(ProcessLookupError):
+                ours = place[Board.STATE] not in (Board.VACANT, Board.ENDED) and (
+                    os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0))
+            if ours:
+                pids.append(pid)
+            else:
+                place[Board.STATE] = Board.VACANT
+        return pids
+
+    def close(self) -> None:
+        os.close(self.news)
+        os.close(self.alive)
+        if self.log_file:
+            self.log_file.close()
 
 
 class Manager:
-    """Keeps the workers alive.  Signals are data that its loop reads: none is lost, none comes at a bad moment."""
+    """Keeps a generation serving.  It runs nobody else's code, and so can always recover."""
 
-    def __init__(self, options: Namespace) -> None:
-        self.options, self.settings = options, read_settings(options)
-        with failing_to("start"):
-            self.report = os.dup(2)  # read by whoever waits for the start: the terminal's user, or the launcher
-        self.pid_file = PidFile(self.settings.pid_file)
+    def __init__(self, read: Callable[[], Configuration], configuration: Configuration, pid_file: PidFile,
+                 listener: socket.socket, listener_is_ours: bool, terminal: int, launcher: socket.socket | None) -> None:
+        self.read, self.configuration, self.pid_file = read, configuration, pid_file
+        self.listener, self.listener_is_ours = listener, listener_is_ours
+        self.terminal, self.launcher = terminal, launcher  # one of which is not there (-1, None)
+        self.pid = os.getpid()
+        self.clock = Clock()
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
-        self.children: dict[int, Child] = {}
-        self.vacant_until: list[float] = []  # when the places of workers that died may be filled
-        self.starting = True  # until all workers have been up
-        self.ready = False  # all workers are up, and no old ones left
-
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
-        """With all that can fail while the terminal can still be told; on a Failure, of WITH's body too, undone.
-
-        In the launcher, too: release() does nothing when the manager has done it.
-        """
-        os.umask(UMASK)
-        signal.pthread_sigmask(signal.SIG_BLOCK, LOOP_SIGNALS)
-        self.pid_file.claim()
-        try:
-            self.listener = open_listener(self.settings)
-            self.log_file = open_log(self.settings.log_file, self.report)
-            yield
-        except (Failure, KeyboardInterrupt):
-            self.pid_file.release()
-            raise
+        self.generations: list[Generation] = []  # two at the most
+        self.born = 0  # generations so far
+        self.starting = True  # until somebody knows that the service answers
+        self.ready = False  # one generation serves, and no other accepts clients
+        self.reload_wanted = False
+        self.questions: set[str] = set()  # of those who wait for the reload that is under way
+        self.not_before = 0.0  # on the clock: when a generation may be forked in the place of one that died
+        self.stopping = False
+        self.failure = ""  # why the service cannot run
+        self.last_failure = ""  # of a generation, since the last one that went well
 
     def run(self) -> None:
-        """Become the daemon and serve until stopped.  Raises Failure, with REPORT as the standard error."""
-        hold_signals()
+        """Serve until stopped.  Raises Failure."""
+        name_process("daemontest mngr")
+        settings = self.configuration.settings
+        log(record("*", f"Daemon Server Started. Prefork Workers: {settings.workers}.")
+            + record("*", f"Max Requests per Child: {settings.max_requests}"))
+        self.signals = Signals(MEANT, MEANINGLESS)
         try:
-            with failing_to("become a daemon"):
-                DaemonContext(
-                    detach_process=self.options.action is background, umask=UMASK, pidfile=self.pid_file,
-                    stdout=self.log_file, stderr=self.log_file, signal_map={},
-                    files_preserve=[self.listener, self.pid_file.lock, self.report]).open()
-            os.set_inheritable(0, True)  # python-daemon opens it anew, and so not for the commands that a handler runs
-            self.log_file.close()
-            self.printed = sys.stdout = sys.stderr = Printed()
-            self.pid = os.getpid()
-            self.lifeline, alive = os.pipe()  # the manager's end alone is for writing: end-of-file means it is gone
-            self.not_for_workers = [self.pid_file.lock.fileno(), alive, self.report]
-            self.serve()
-        finally:
-            os.dup2(self.report, 2)  # where main() tells a Failure
+            self.loop()
+        except Exception as why:  # a fault of this program; generations whose manager is gone stop by themselves
+            log(traced("Manager Failed:", why))
+            self.failure = f"the manager failed: {type(why).__name__}: {why}"
 
-    def serve(self) -> None:
-        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
-            + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
-        try:
-            self.load(self.settings)
-            os.register_at_fork(after_in_child=lambda: self.worker.forked())
-            signum = 0
-            while signum not in STOPS:
-                if signum == signal.SIGHUP:
-                    self.reload()
-                self.spawn_missing()
-                if not self.ready and all(child.busy_since[0] != NOT_UP and child.leave_by == math.inf
-                                          for child in self.children.values()):
-                    self.tell_ready()
-                signum = self.next_signal()
-                if self.starting and self.vacant_until:
-                    raise Failure("cannot start: a worker died")
-        except Exception as why:
-            log(traced(f"Manager Failed: {why}", why.__cause__ or why))
-            raise Failure(str(why)) from why
-        finally:
-            self.notify("STOPPING=1")
-            self.dismiss_workers()
-            while self.children:
-                self.next_signal()
-            self.pid_file.release()
-            log(record("*", "Server Terminated."))
+        # However the service ends, this is where the PID file goes: when nobody listens any more.
+        if self.listener_is_ours:
+            with suppress(OSError):
+                self.listener.shutdown(socket.SHUT_RDWR)  # a process that a handler has forked may hold it open
+        self.listener.close()
+        self.pid_file.release()
+        log(record("*", "Server Terminated."))
+        if self.failure:
+            raise Failure(self.failure)
 
-    def tell_ready(self) -> None:
-        self.ready = True
-        self.notify(f"READY=1\nMAINPID={self.pid}")
-        if self.starting and self.options.action is background:
-            workers, port = self.settings.workers, self.listener.getsockname()[1]
-            os.write(self.report, f"+{self.pid} started, {workers} workers on port {port}\n".encode())
-            os.close(self.report)
-            self.not_for_workers.remove(self.report)
-            self.report = 0  # the null device: nobody waits any more
-        self.starting = False
+    def loop(self) -> None:
+        signals: list[int] = []
+        while self.generations or not self.stopping:
+            self.fork_missing_generation()
+            self.tell_when_ready()
+            seconds = self.time_to_wait()
 
-    def next_signal(self) -> int:
-        """Kill the workers that are overdue; wait for a signal, or until something is due; bury those that ended."""
-        now, limit = time.monotonic(), self.settings.handler_timeout
-        soonest = min([now + limit, *self.vacant_until])  # a handler called in a moment may be due after LIMIT
-        for pid, child in self.children.items():
-            called = child.busy_since[0]  # read once: the worker writes to it meanwhile
-            due = min(child.leave_by, called + limit if called > IDLE else math.inf)
-            if due > now:
-                soonest = min(soonest, due)
-            elif not child.killed_for:
-                late = child.leave_by <= now
-                child.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
-                os.kill(pid, signal.SIGKILL)
-        signal.setitimer(signal.ITIMER_REAL, max(soonest - now, 0.001))
-        signum = signal.sigwait(LOOKS if self.starting else LOOP_SIGNALS)  # the others count, too, when it has started
-        if signum not in LOOKS:
-            log(record("*", f"Caught {signal.Signals(signum).name}"))
-        for pid in list(self.children):  # and no process that a handler's module waits for
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                self.bury(pid, status)
-        return signum
+            signals += self.signals.wait(seconds, *self.talking())
 
-    def bury(self, pid: int, status: int) -> None:
-        child = self.children.pop(pid)
-        if status:
-            code = os.waitstatus_to_exitcode(status)
-            cause = next((name.name for name in signal.Signals if name == -code), f"exit status {code}")
-            log(record("*", f"Child Process Died. ({cause}{child.killed_for})", pid))
-            if child.leave_by == math.inf:
-                self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
+            self.clock.go_on(seconds or 0.0)
+            self.hear_launcher()
+            self.hear_generations()
+            self.bury_the_dead()
+            self.kill_the_overdue()
+            # A start is told how it went before signals count, unless it takes long.
+            while signals and (self.stopping or not self.starting or self.clock.seconds > PATIENCE):
+                match signals.pop(0):
+                    case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT as signum:
+                        self.stop(signum)
+                    case signal.SIGHUP:
+                        self.reload()
+                    case signal.SIGUSR1:
+                        self.log_what_goes_on()
 
-    def dismiss_workers(self) -> None:
-        """Tell every worker to leave, within the grace; their successors need not wait."""
-        self.vacant_until.clear()
-        for pid, child in self.children.items():
-            if child.leave_by == math.inf:
-                child.leave_by = time.monotonic() + self.settings.grace
-                os.kill(pid, signal.SIGTERM)
+    def in_state(self, *states: State) -> list[Generation]:
+        return [generation for generation in self.generations if generation.state in states]
 
-    def spawn_missing(self) -> None:
-        """Fork workers for the empty places.  Raises Failure if that cannot be, and the service is only starting.
+    # -- what is missing --
 
-        Workers that leave and their successors are no more than twice the number, or one for clients to come.
-        """
-        if self.vacant_until:
-            self.vacant_until = [until for until in self.vacant_until if until > time.monotonic()]
-        while True:
-            taken, free = len(self.vacant_until), 0
-            for child in self.children.values():
-                taken += child.leave_by == math.inf
-                free += child.busy_since[0] <= IDLE
-            if taken >= self.settings.workers or (free and len(self.children) >= 2 * self.settings.workers):
-                return
-            try:
-                self.spawn()
-            except OSError as why:
-                if self.starting:
-                    raise Failure(f"cannot fork a worker: {why.strerror}") from why
-                log(record("*", f"cannot fork a worker: {why.strerror}"))
-                self.vacant_until += [time.monotonic() + RESPAWN_DELAY] * (self.settings.workers - taken)
-
-    def spawn(self) -> None:
-        child = Child()
-        if pid := os.fork():
-            self.children[pid] = child
+    def fork_missing_generation(self) -> None:
+        """Fork the next generation, if one is wanted or missing, and there is room for it."""
+        if self.stopping or self.in_state(State.LOADING) or len(self.generations) == 2:
             return
-        status = 1
+        reloading = self.reload_wanted
         try:
-            for descriptor in self.not_for_workers:
-                os.close(descriptor)
-            self.worker.set_up(child.busy_since)
-            if not self.ready and os.getppid() == self.pid:
-                os.kill(self.pid, signal.SIGALRM)  # has the manager look whether all are up
-            self.worker.run()
-            status = 0
-        except BaseException as why:
-            log(traced("Child Process Failed:", why))
-        finally:
-            os._exit(status)
+            if reloading:
+                self.reload_wanted = self.ready = False
+                self.questions |= self.pid_file.questions()
+                self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+                new, running = self.read(), self.configuration.settings
+                waiting = [key for key in WAIT_FOR_RESTART if getattr(new.settings, key) != getattr(running, key)]
+                kept = {key: getattr(running, key) for key in waiting}
+                self.fork_generation(replace(new, settings=replace(new.settings, **kept)),
+                                     open_log(new.settings.log_file, self.terminal), waiting)
+            elif not self.in_state(State.SERVING) and self.clock.seconds >= self.not_before:
+                self.fork_generation(self.configuration)
+        except Failure as why:
+            self.loading_failed(str(why), not reloading)
 
-    def load(self, settings: Namespace) -> None:
-        """Take SETTINGS and their handler.  On Failure nothing has changed."""
-        log(record("*", f"Manager Process ID: {self.pid}") + record("*", "Loading configuration."))
-        try:
-            handler = load_handler(settings)
-        finally:
-            hold_signals()  # whatever the handler's module has made of them
-            self.printed.flush()
-        self.settings = settings
-        self.worker = Worker(self, handler)
-        self.listener.setblocking(False)
+    def fork_generation(self, configuration: Configuration, log_file: io.FileIO | None = None,
+                        waiting: list[str] = []) -> None:  # noqa: B006, never changed
+        log(record("*", f"Manager Process ID: {self.pid}"))
+        for serving in self.in_state(State.SERVING):
+            serving.board.open_up()
+        with failing_to("fork a generation"):
+            generation = Generation(self.born + 1, configuration, log_file, waiting)
+            generation.pid = forked(Supervisor(self, generation).live)
+        self.born += 1
+        self.generations.append(generation)
+        os.close(generation.telling)
+        os.close(generation.lifeline)
+        log(record("*", "Loading configuration.", generation.pid))
+        os.write(generation.alive, b"begin\n")  # only now that its PID is known here and its beginning recorded
+        self.notify(f"STATUS=loading generation {generation.number}")
+
+    # -- what the loop waits for --
+
+    def time_to_wait(self) -> float | None:
+        """Without end while one generation serves; otherwise something is under way, to be looked after."""
+        return None if self.ready and not self.starting and len(self.generations) == 1 else TICK
+
+    def talking(self) -> list[int]:
+        """The descriptors of those that may have something to say."""
+        files = [generation.news for generation in self.in_state(State.LOADING) if not generation.silent]
+        return [*files, self.launcher.fileno()] if self.launcher else files
+
+    def hear_launcher(self) -> None:
+        """Take the launcher's word that the start has been told; its end without that word gives the start up."""
+        if not self.launcher or not readable(self.launcher, 0):
+            return
+        with suppress(OSError):
+            if self.launcher.recv(100):
+                self.starting = False
+        self.launcher.close()
+        self.launcher = None
+        if self.starting:
+            self.failure = "cannot start: given up"
+            self.stop()
+
+    def hear_generations(self) -> None:
+        for generation in self.in_state(State.LOADING):
+            match generation.hear().split(" ", 1):
+                case ["up"]:
+                    self.take_over(generation)
+                case ["failed", why]:
+                    generation.state = State.GIVEN_UP
+                    self.loading_failed(why, generation.log_file is None)
+
+    def take_over(self, generation: Generation) -> None:
+        """Let GENERATION, which is up, be the one that serves."""
+        for last in self.in_state(State.SERVING):
+            self.dismiss(last)
+        generation.state, generation.since = State.SERVING, time.time()
+        self.configuration, self.last_failure = generation.configuration, ""
+        if generation.log_file:
+            LOG.take(generation.log_file)
+            generation.log_file = None
+        if generation.waiting:
+            log(record("*", f"Waiting for a Restart: {', '.join(generation.waiting)}"))
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
-            self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
-        if not self.starting:
-            gc.unfreeze()
-            gc.collect()  # the old handler
-        gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
+            seconds = math.ceil(self.configuration.settings.timeout)
+            self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
+
+    def loading_failed(self, why: str, unasked: bool) -> None:
+        """Tell whoever is concerned WHY a generation did not come up; UNASKED if it was to replace a dead one."""
+        self.last_failure = f"; generation {self.born} failed: {printable(why)}"
+        for serving in self.in_state(State.SERVING):
+            serving.board.open_up()
+        if self.starting:
+            log(record("*", f"Manager Failed: {printable(why)}"))
+            self.failure = why
+            self.stop()
+        elif unasked:
+            log(record("*", f"Generation Failed: {printable(why)}"))
+            self.not_before = self.clock.seconds + RESPAWN_DELAY
+        else:
+            log(record("*", f"Nothing Changed: {printable(why)}"))
+            self.answer(f"failed {why}")
+
+    def tell_when_ready(self) -> None:
+        """Tell whoever waits when a generation serves and no other accepts clients any more."""
+        serving = self.in_state(State.SERVING)
+        if self.ready or self.stopping or len(serving) != 1 or self.in_state(State.LOADING):
+            return
+        if any(other.board.accepting() for other in self.generations if other is not serving[0]):
+            return
+        self.ready = True
+        workers, since = self.configuration.settings.workers, time.localtime(serving[0].since)
+        self.notify(f"READY=1\nMAINPID={self.pid}\nSTATUS={workers} workers, generation {serving[0].number} since "
+                    f"{time.strftime('%H:%M:%S', since)}{self.last_failure}")
+        self.answer(f"reloaded {self.pid}")
+        if self.launcher:
+            port = self.listener.getsockname()[1]
+            with suppress(OSError):  # its end is noticed by hear_launcher()
+                self.launcher.sendall(f"started {self.pid} started, {workers} workers on port {port}\n".encode())
+        else:
+            self.starting = False
+
+    def answer(self, verdict: str) -> None:
+        self.pid_file.answer(self.questions, verdict)
+        self.questions = set()
+
+    # -- what ends --
+
+    def bury_the_dead(self) -> None:
+        """Reap generations, and whatever else has become a child of this process: it may be PID 1."""
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                for generation in self.generations:
+                    if generation.pid == ended[0]:
+                        self.bury(generation, ended[1])
+        for generation in list(self.generations):
+            if generation.dead and not generation.orphans():
+                self.generations.remove(generation)
+                generation.close()
+
+    def bury(self, generation: Generation, status: int) -> None:
+        self.hear_generations()  # its last words
+        was, generation.state, generation.dead = generation.state, State.LEAVING, True
+        generation.kill_at = min(generation.kill_at, self.clock.seconds + generation.configuration.settings.grace)
+        if status:
+            kill_group(generation.pid)  # what its module has started
+        cause = cause_of_death(status)
+        if was is State.LOADING:
+            why = not_loaded(generation.configuration, f"the process died ({cause})")
+            self.loading_failed(why, generation.log_file is None)
+        elif was is State.SERVING:
+            log(record("*", f"Generation Died. ({cause})", generation.pid))
+            self.not_before = self.clock.seconds + RESPAWN_DELAY
+            self.ready = False
+        elif was is State.LEAVING and status:
+            log(record("*", f"Generation Ended. ({cause}: not done within its time)", generation.pid))
+
+    def kill_the_overdue(self) -> None:
+        for generation in self.generations:
+            if self.clock.seconds < generation.kill_at:
+                continue
+            if generation.state is State.GIVEN_UP and generation.board.head[Board.IMPORTED]:
+                self.dismiss(generation)  # it came so far that it can leave in good order
+            elif not generation.dead:
+                kill_group(generation.pid)
+            for pid in generation.orphans() if generation.dead else ():
+                log(record("*", "Child Process Died. (SIGKILL: not done within the grace)", pid))
+                kill_group(pid)
+
+    # -- what signals mean --
+
+    def stop(self, signum: int = 0) -> None:
+        """Stop gracefully."""
+        if signum:
+            log(record("*", f"Caught {signal.Signals(signum).name}"))
+            if self.starting and not self.ready:
+                self.failure = f"cannot start: caught {signal.Signals(signum).name}"
+        self.stopping = True
+        self.notify("STOPPING=1\nSTATUS=stopping")
+        self.answer("failed the service stops")
+        for generation in self.generations:
+            if generation.state is State.LOADING:
+                self.give_up(generation)
+            else:
+                self.dismiss(generation)
 
     def reload(self) -> None:
-        """Take the configuration and the handler anew and replace all workers; if anything is wrong, change nothing."""
-        self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        running = self.settings
-        try:
-            new = read_settings(self.options)
-            with open_log(new.log_file, self.report) as log_file:
-                self.load(Namespace(**vars(new) | {key: getattr(running, key) for key in WAIT_FOR_RESTART}))
-                os.dup2(log_file.fileno(), 1)
-                os.dup2(log_file.fileno(), 2)
-        except Failure as why:
-            log(record("*", f"Nothing Changed: {printable(str(why))}"))
-            if self.ready:
-                self.tell_ready()
-        else:
-            if waiting := [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]:
-                log(record("*", f"Waiting for a Restart: {', '.join(waiting)}"))
-            self.ready = False
-            self.dismiss_workers()
+        """Have the next generation begin; one that is still being loaded begins afresh."""
+        log(record("*", "Caught SIGHUP"))
+        self.reload_wanted = True
+        for generation in self.in_state(State.LOADING):
+            self.give_up(generation)
+
+    def give_up(self, generation: Generation) -> None:
+        """End a generation that is still being loaded, whatever its module does."""
+        generation.state = State.GIVEN_UP
+        generation.board.head[Board.STOPPING] = self.stopping
+        generation.kill_at = self.clock.seconds + PATIENCE
+        os.kill(generation.pid, signal.SIGTERM)
+
+    def dismiss(self, generation: Generation) -> None:
+        """Tell a generation to leave within the grace; it sees to that itself, unless something keeps it."""
+        if generation.state is not State.LEAVING:
+            generation.state = State.LEAVING
+            generation.kill_at = self.clock.seconds + generation.configuration.settings.grace + 4 * PATIENCE
+        generation.board.head[Board.STOPPING] = self.stopping
+        for pid in generation.orphans() if generation.dead else [generation.pid]:
+            os.kill(pid, signal.SIGTERM)
+
+    def log_what_goes_on(self) -> None:
+        for generation in self.generations:
+            since = f" since {time.strftime('%FT%T', time.localtime(generation.since))}," if generation.since else ""
+            board, now = generation.board, time.monotonic()
+            lines = record("*", f"Generation {generation.number}:{since} {board.workers} workers, "
+                                f"{generation.state.name.lower().replace('_', ' ')}", generation.pid)
+            for place in board.places:
+                if place[Board.STATE] != Board.VACANT and place[Board.PID]:
+                    called = place[Board.CALLED]
+                    lines += record("*", f"Worker: {place[Board.SERVED]:.0f} texts served, "
+                                         f"{place[Board.IN_HAND]:.0f} clients in hand, handler "
+                                         + (f"running for {now - called:.1f} s" if called else "idle")
+                                         + (", leaving" if place[Board.STATE] > Board.SERVING else ""),
+                                    int(place[Board.PID]))
+            log(lines)
 
     def notify(self, state: str) -> None:
         """Tell the service manager, if there is one (sd_notify(3))."""
@@ -690,181 +1107,722 @@ class Manager:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
                 notifier.setblocking(False)
-                notifier.sendto(state.encode(), re.sub("^@", "\0", self.notify_socket))
+                notifier.sendto(state.encode(errors="replace"), re.sub("^@", "\0", self.notify_socket))
         except OSError as why:
             log(record("*", f"Cannot Notify: {why.strerror or why}"))
 
 
+# ---- Generation ---------------------------------------------------------------------
+
+IGNORED = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM}
+LOOK = signal.SIGCHLD  # what a worker sends to its generation, for it to look after its workers
+
+
+def load_handler(configuration: Configuration) -> Callable[[str], str]:
+    """Import the handler.  Raises Failure, whatever its module raises."""
+    module_name, function_name = configuration.settings.handler.split(":")
+    sys.dont_write_bytecode = True  # it is found stale by whole seconds only: a quick edit would go unseen
+    sys.path.insert(0, configuration.directory)
+    try:
+        handler: Callable[[str], str] = getattr(importlib.import_module(module_name), function_name)
+        if not callable(handler):
+            raise TypeError(f"{function_name} is not a function")
+    except BaseException as why:  # SystemExit, too
+        reason = type(why).__name__
+        with suppress(BaseException):  # an exception of the module's own may fail to say what it is
+            reason += f": {why}"
+        raise Failure(not_loaded(configuration, reason)) from why
+    return handler
+
+
+def not_loaded(configuration: Configuration, why: str) -> str:
+    return f"cannot load handler {configuration.settings.handler}: {why[:2000]}"
+
+
+class Child:
+    """What a generation knows of one of its workers."""
+
+    called = 0.0  # as it stood on the board at the last look
+    kill_at = math.inf  # on the generation's clock, when its handler will have run too long
+    killed_for = ""
+
+    def __init__(self, place: memoryview[float]) -> None:
+        self.place = place
+
+
+class Supervisor:
+    """The process of a generation: imports the handler, forks the workers and keeps their number."""
+
+    def __init__(self, manager: Manager, generation: Generation) -> None:
+        """In the manager: what the generation takes along, and what it has to leave behind."""
+        self.configuration, self.settings = generation.configuration, generation.configuration.settings
+        self.number, self.board, self.log_file = generation.number, generation.board, generation.log_file
+        self.previous = [other.board for other in manager.generations]
+        self.listener, self.listener_is_ours = manager.listener, manager.listener_is_ours
+        self.lifeline, self.telling = generation.lifeline, generation.telling
+        self.first = manager.starting
+        launcher = [manager.launcher.fileno()] if manager.launcher else []
+        terminal = [manager.terminal] if manager.terminal >= 0 else []
+        self.not_ours = [manager.pid_file.lock.fileno(), manager.signals.reading, manager.signals.writing, *launcher,
+                         *terminal, *(end for each in [*manager.generations, generation] for end in (each.news, each.alive))]
+        self.children: dict[int, Child] = {}
+        self.vacant_until: list[float] = []  # on the clock: when the places of workers that died may be filled
+        self.up = False  # all workers have been
+        self.leaving = False
+        self.leave_by = math.inf  # on the clock
+
+    def live(self) -> None:
+        for descriptor in self.not_ours:
+            os.close(descriptor)
+        if not os.read(self.lifeline, 100):
+            os._exit(1)
+        name_process(f"daemontest gen{self.number}")
+        for signum in (MEANT | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
+            signal.signal(signum, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        self.printed = Printed()
+        sys.stdout = sys.stderr = self.printed.stream()
+        try:
+            handler = load_handler(self.configuration)
+        except Failure as why:
+            self.printed.end_line()
+            if self.first:
+                log(traced("Handler Not Loaded:", why.__cause__ or why))
+            self.tell(f"failed {why}")
+            os._exit(1)
+        self.settle(handler)
+        self.supervise()
+        self.listener.close()
+        end_as_python_does(1.0, [], threads=False)
+        os._exit(0)
+
+    def settle(self, handler: Callable[[str], str]) -> None:
+        """Undo what the handler's module may have done to this process, and prepare for the workers."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.signals = Signals({signal.SIGTERM, LOOK}, IGNORED)
+        self.board.head[Board.IMPORTED] = True  # from now on it can be told to leave
+        self.printed.end_line()
+        if self.log_file:
+            LOG.take(self.log_file)
+        self.clock = Clock()
+        self.listener.setblocking(False)
+        self.workers_lifeline, self.alive = os.pipe()
+        for board in self.previous:
+            board.restrict()
+        self.worker = Worker(self, handler)
+        gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
+
+    def tell(self, word: str) -> None:
+        """Tell the manager how it went; it may be gone."""
+        with suppress(OSError):
+            os.write(self.telling, f"{printable(word)}\n".encode())
+
+    def supervise(self) -> None:
+        while self.children or not self.leaving:
+            self.spawn_missing()
+            self.tell_when_up()
+            seconds = self.time_to_wait()
+
+            signals = self.signals.wait(seconds, *([] if self.board.head[Board.STOPPING] else [self.lifeline]))
+
+            self.clock.go_on(seconds)
+            self.bury_the_dead()
+            self.kill_the_overdue()
+            if signal.SIGTERM in signals:
+                self.leave()
+            if not self.board.head[Board.STOPPING] and readable(self.lifeline, 0):  # the manager is gone
+                self.board.head[Board.STOPPING] = True
+                self.leave()
+
+    def spawn_missing(self) -> None:
+        """Fork workers for those that are missing, as far as there is room for them."""
+        self.vacant_until = [until for until in self.vacant_until if until > self.clock.seconds]
+        missing = self.settings.workers - len(self.vacant_until) - self.board.count(Board.STARTING, Board.SERVING)
+        while missing > 0 and self.there_is_room() and not self.leaving:
+            missing -= 1
+            place = next(place for place in self.board.places if place[Board.STATE] == Board.VACANT)
+            place[:] = VACANT_PLACE
+            place[Board.STATE] = Board.STARTING
+            try:
+                pid = forked(functools.partial(self.worker.live, place))
+            except OSError as why:
+                place[Board.STATE] = Board.VACANT
+                self.vacant_until += [self.clock.seconds + RESPAWN_DELAY] * (missing + 1)
+                self.fail_or_log(f"cannot fork a worker: {why.strerror}")
+                return
+            self.children[pid] = Child(place)
+
+    def there_is_room(self) -> bool:
+        """Whether one more worker keeps to the limit: in all generations there are never more than twice the number."""
+        others = sum(board.living() for board in self.previous)
+        most = 2 * max(board.workers for board in (self.board, *self.previous))
+        return len(self.children) < self.board.head[Board.LIMIT] and len(self.children) + others < most
+
+    def tell_when_up(self) -> None:
+        if not self.up and self.board.count(Board.SERVING, Board.LEAVING) >= self.settings.workers:
+            self.up = True
+            self.tell("up")
+
+    def fail_or_log(self, why: str) -> None:
+        if self.up:
+            log(record("*", why))
+        elif not self.leaving:
+            self.tell(f"failed {why}")
+            self.leave()
+
+    def time_to_wait(self) -> float:
+        """Until something is due, but never so long that a suspension could pass for a handler's time."""
+        if self.vacant_until or self.leaving or not self.up:
+            return TICK
+        soonest = min((child.kill_at for child in self.children.values()), default=math.inf) - self.clock.seconds
+        return max(0.0, min(soonest, self.settings.handler_timeout / 8, 5.0))
+
+    def kill_the_overdue(self) -> None:
+        limit = self.settings.handler_timeout
+        for pid, child in self.children.items():
+            called = child.place[Board.CALLED]  # read once: the worker writes to it meanwhile
+            if called != child.called:
+                child.called = called
+                before = min(time.monotonic() - called, limit / 8)  # that long may it have run unseen
+                child.kill_at = self.clock.seconds + limit - before if called else math.inf
+            if not child.killed_for and self.clock.seconds >= min(child.kill_at, self.leave_by):
+                late = self.clock.seconds >= self.leave_by
+                child.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
+                os.kill(pid, signal.SIGKILL)
+
+    def bury_the_dead(self) -> None:
+        """Reap the workers that have ended, and no process that the handler's module waits for."""
+        for pid, child in list(self.children.items()):
+            try:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # the module has reaped it
+                ended, status = pid, None
+            if ended:
+                del self.children[pid]
+                self.bury(pid, child, status)
+
+    def bury(self, pid: int, child: Child, status: int | None) -> None:
+        state, child.place[Board.STATE] = child.place[Board.STATE], Board.VACANT
+        if state == Board.ENDED and not status:
+            return
+        kill_group(pid)  # what its handler has forked would keep clients waiting, and pools wait for ever
+        late = state == Board.ENDED and status == signal.SIGALRM
+        cause = "unknown" if status is None else cause_of_death(status)
+        cause += ": not done within the grace" if late else child.killed_for
+        log(record("*", f"Child Process Died. ({cause})", pid))
+        if state in (Board.STARTING, Board.SERVING):
+            self.vacant_until.append(self.clock.seconds + RESPAWN_DELAY)
+        if not self.up:
+            self.fail_or_log(f"cannot start: a worker died ({cause})")
+
+    def leave(self) -> None:
+        """Have every worker leave within the grace; at a stop also those that have been told before."""
+        self.leaving = True
+        self.leave_by = min(self.leave_by, self.clock.seconds + self.settings.grace)
+        for pid in self.children:
+            os.kill(pid, signal.SIGTERM)
+
+
 # ---- Worker -------------------------------------------------------------------------
 
+VACANT_PLACE = memoryview(bytes(8 * 8)).cast("d")
 RECEIVE_BYTES = 16384  # at once; more no longer stays in the processor's nearest cache
-OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
-HOLD_BACK = getattr(socket, "MSG_MORE", 0)  # for the end of the reply and that of the connection to share a packet
+BREATH = 2**20  # bytes of one text after which the others are looked after
+TEXTS_IN_HAND = 4  # so many times the longest text may the bytes in hand be
+REQUEUE = 0.1  # s after which a worker that has clients in hand queues behind those that have none
+IN, OUT = select.POLLIN, select.POLLOUT
+EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)  # a new client wakes one of the workers that wait (epoll_ctl(2))
+FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+Wish = tuple[int, float, int]  # what a conversation waits for (IN, OUT), until when on the clock, and the bytes it holds
+
+
+class Client:
+    """A client in hand: what its conversation waits for."""
+
+    __slots__ = ("connection", "conversation", "descriptor", "due", "events", "held", "name", "until")
+
+    def __init__(self, connection: socket.SocketType, conversation: Iterator[Wish], name: str) -> None:
+        self.connection, self.conversation, self.name = connection, conversation, name
+        self.descriptor = connection.fileno()
+        self.events = self.held = 0
+        self.until = 0.0
+        self.due = math.inf  # when it is looked after at the latest, as it stands in Worker.due
+
+
+class Worker:
+    """Converses with many clients at a time, and calls the handler for one whole text at a time.
+
+    Discussion.  A conversation is a generator (converse()) that reads from top to bottom; where it would block, it
+    yields what it waits for.  Nearly always the text came with the connection, and the conversation runs through
+    without ever waiting.  Otherwise its client is in hand, until it is ready or late; then the conversation goes on.
+
+    New clients should go to workers that have none in hand, since a handler delays all clients of its worker.  The
+    kernel wakes those who wait in the order in which they have registered the listener, so a worker that has clients
+    in hand registers it anew, behind the others, and takes new clients only when the kernel names the listener.
+    """
+
+    def __init__(self, supervisor: Supervisor, handler: Callable[[str], str]) -> None:
+        """In the generation: what all its workers have in common."""
+        self.settings, self.board, self.generation, self.handler = supervisor.settings, supervisor.board, supervisor, handler
+        self.generation_pid = os.getpid()
+        self.listener, self.lifeline, self.printed = supervisor.listener, supervisor.workers_lifeline, supervisor.printed
+        self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
+        self.max_text, self.requests_left = self.settings.max_text, self.settings.max_requests
+        self.foreign = handler is not text_length  # so it may fork, print, change directory, keep files open ...
+        self.files = open_files() if self.foreign else []
+        self.home = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        reserve = max(8, min(32, limit // 4))  # descriptors, for the handler
+        self.most_descriptors = math.inf if limit == resource.RLIM_INFINITY else limit - reserve
+        self.not_ours = [supervisor.telling, supervisor.lifeline, supervisor.signals.reading,
+                         supervisor.signals.writing, supervisor.alive]
+
+    def live(self, place: memoryview[float]) -> None:
+        for descriptor in self.not_ours:
+            os.close(descriptor)
+        self.place, self.pid = place, os.getpid()
+        place[Board.PID] = self.pid
+        name_process("daemontest work")
+        signal.signal(LOOK, signal.SIG_DFL)
+        self.serving, self.stopping, self.told_to_leave, self.caught = True, False, False, False
+        self.signals = Signals([signal.SIGTERM], [], self.catch)
+        if self.foreign:
+            disown()
+
+        self.clock, self.handled = Clock(), 0.0  # HANDLED: what the handler has taken since the clock's last look
+        self.in_hand: dict[int, Client] = {}  # by descriptor, those longest in hand first
+        self.held = 0  # bytes
+        self.due: list[tuple[float, int, Client]] = []  # a heap; what stands in it for a client may be too early
+        self.turns = itertools.count()
+        self.queued_at = 0.0
+        self.parted_at, self.parted = -math.inf, 0
+
+        if hasattr(select, "epoll"):
+            poller: Any = select.epoll()
+            self.poll = poller.poll
+        else:
+            poller = select.poll()
+            self.poll = lambda seconds: poller.poll(None if seconds is None else seconds * 1000)
+        self.poller = poller
+        poller.register(self.listener, IN | EXCLUSIVE)
+        poller.register(self.signals.reading, IN)
+        poller.register(self.lifeline, IN)  # ends the wait when the generation is gone
+        log(record("*", "Child Process Started."))
+        place[Board.STATE] = Board.SERVING
+        if not self.generation.up:
+            self.call_generation()
+
+        self.run()
+        log((record("*", "Caught SIGTERM") if self.caught else "")
+            + record("*", f"Child Process Ended. ({max(0, self.requests_left)})"))
+        place[Board.STATE] = Board.ENDED
+        if self.foreign:
+            end_as_python_does(self.settings.grace, self.files)
+        os._exit(0)
+
+    def catch(self, *_: object) -> None:
+        if os.getpid() != self.pid:  # a process that the handler has forked ends as others do
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.told_to_leave = self.caught = True
+
+    def call_generation(self) -> None:
+        if os.getppid() == self.generation_pid:
+            os.kill(self.generation_pid, LOOK)
+
+    # -- the loop --
+
+    def run(self) -> None:
+        named = True  # a client may be waiting already
+        events: list[tuple[int, int]] = []
+        listener = self.listener.fileno()
+        while self.serving or self.in_hand:
+            # Accept, before all else what this worker was woken for.  Without clients in hand ask at once.
+            if self.serving and (named or not self.in_hand) and self.accept() and not self.in_hand:
+                continue
+            if self.told_to_leave and self.serving:
+                self.leave()
+
+            # Go on with those that are ready, and with those that are late.
+            for descriptor, _ in events:
+                if descriptor in self.in_hand:
+                    self.resume(self.in_hand[descriptor])
+            if self.in_hand:
+                self.look_after_the_late()
+
+            # Wait.
+            if self.serving or self.in_hand:
+                events = self.wait()
+                named = any(descriptor == listener for descriptor, _ in events)
+
+    def wait(self) -> list[tuple[int, int]]:
+        """Wait until something is ready or somebody late; let the clock go on."""
+        if not self.in_hand:
+            events: list[tuple[int, int]] = self.poll(None)
+        else:
+            seconds = max(0.0, min(REQUEUE, self.due[0][0] - self.clock.seconds))
+            events = self.poll(seconds)
+            self.clock.go_on(seconds, self.handled)
+            self.handled = 0.0
+            if self.clock.seconds > self.queued_at + REQUEUE:
+                self.queue_behind()
+        for descriptor, _ in events:
+            if descriptor == self.signals.reading:
+                self.signals.take()
+            elif descriptor == self.lifeline:
+                self.told_to_leave = True
+        if self.told_to_leave and self.board.head[Board.STOPPING] and not self.stopping:
+            self.stopping = True  # clients that have not sent a byte notice it
+            events += [(descriptor, 0) for descriptor in self.in_hand]
+        return events
+
+    def accept(self) -> bool:
+        """Accept a client and converse with it as far as it goes.  Whether there was one."""
+        if self.in_hand and not EXCLUSIVE and self.another_is_free():
+            time.sleep(0.002)  # all are woken; give way
+        try:
+            descriptor, address = self.listener._accept()  # type: ignore[attr-defined]
+        except (BlockingIOError, ConnectionAbortedError):
+            return False
+        except OSError as why:
+            self.part_with_one(why)
+            return False
+        # _accept() and SocketType are worth a tenth: accept() converts two enumerations, and asks the kernel for the
+        # address a second time.
+        connection = socket.SocketType(*self.kind, descriptor)
+        connection.setblocking(False)  # whatever default the handler's module has set
+        self.requests_left -= 1
+        name = address[0].removeprefix("::ffff:")
+        conversation = self.converse(connection, name)
+        wish = self.next_wish(conversation)
+        if wish:
+            self.take_in_hand(Client(connection, conversation, name), wish)
+        else:
+            self.close(connection)
+            if descriptor >= self.most_descriptors and not self.in_hand:
+                log(record("*", "Handler Keeps Descriptors Open."))
+                self.told_to_leave = True
+        if self.told_to_leave or self.requests_left <= 0:
+            self.leave()
+        return True
+
+    def another_is_free(self) -> bool:
+        return any(place[Board.STATE] == Board.SERVING and not place[Board.CALLED] and not place[Board.IN_HAND]
+                   for place in self.board.places)
+
+    def leave(self) -> None:
+        """Accept no more; have the generation replace this worker, which ends when those in hand are served.
+
+        A worker that leaves for its requests goes on accepting while too many others are leaving.
+        """
+        self.place[Board.STATE] = Board.LEAVING
+        if self.in_hand:
+            allowed = self.board.head[Board.LIMIT] - self.board.workers
+            if not self.told_to_leave and self.board.count(Board.LEAVING, Board.ENDED) > allowed:
+                self.place[Board.STATE] = Board.SERVING
+                return
+            self.call_generation()
+        self.serving = False
+        self.poller.unregister(self.listener)  # closing it is not enough while others hold it open
+        self.poller.unregister(self.lifeline)
+        self.listener.close()
+
+    # -- clients in hand --
+
+    def next_wish(self, conversation: Iterator[Wish]) -> Wish | None:
+        """Let CONVERSATION go on; what it waits for next, or None at its end."""
+        try:
+            return next(conversation, None)
+        except Exception as why:  # a fault of this program, or an alarm of the handler's: not the other clients' fault
+            log(traced("Conversation Failed:", why))
+            return None
+
+    def take_in_hand(self, client: Client, wish: Wish) -> None:
+        if not self.in_hand:
+            self.clock.go_on(0.0, math.inf)  # nobody has been waiting until now
+            self.handled = 0.0
+        self.in_hand[client.descriptor] = client
+        self.poller.register(client.descriptor, wish[0])
+        client.events = wish[0]
+        self.await_wish(client, wish)
+        self.queue_behind()
+        if client.descriptor >= self.most_descriptors:
+            self.part_with(next(iter(self.in_hand.values())), "too many clients in hand")
+
+    def await_wish(self, client: Client, wish: Wish) -> None:
+        events, client.until, held = wish
+        if events != client.events:
+            self.poller.modify(client.descriptor, events)
+            client.events = events
+        if client.until < client.due:
+            client.due = client.until
+            heapq.heappush(self.due, (client.due, next(self.turns), client))
+        self.held += held - client.held
+        client.held = held
+        self.place[Board.IN_HAND] = len(self.in_hand)
+        while self.held > TEXTS_IN_HAND * self.max_text + BREATH:
+            self.part_with(next(each for each in self.in_hand.values() if each.held), "too many bytes in hand")
+
+    def resume(self, client: Client) -> None:
+        wish = self.next_wish(client.conversation)
+        if wish:
+            self.await_wish(client, wish)
+        else:
+            self.let_go(client)
+
+    def look_after_the_late(self) -> None:
+        while self.due and self.due[0][0] <= self.clock.seconds:
+            _, _, client = heapq.heappop(self.due)
+            client.due = math.inf
+            if client.descriptor not in self.in_hand or self.in_hand[client.descriptor] is not client:
+                continue
+            if client.until <= self.clock.seconds:
+                self.resume(client)
+            else:
+                client.due = client.until
+                heapq.heappush(self.due, (client.due, next(self.turns), client))
+        if len(self.due) > 4 * len(self.in_hand) + 100:  # mostly clients that have gone
+            self.due = [entry for entry in self.due if self.in_hand.get(entry[2].descriptor) is entry[2]]
+            heapq.heapify(self.due)
+
+    def let_go(self, client: Client) -> None:
+        del self.in_hand[client.descriptor]
+        self.poller.unregister(client.descriptor)  # closing it is not enough if the handler has forked
+        self.close(client.connection)
+        client.conversation = iter(())  # a finished generator would keep its reply
+        self.held -= client.held
+        self.place[Board.IN_HAND] = len(self.in_hand)
+
+    def close(self, connection: socket.SocketType) -> None:
+        """Close CONNECTION, which sends what was held back, in one packet with the end."""
+        if self.foreign:  # a process that the handler has forked may hold it open
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+
+    def part_with_one(self, why: OSError) -> None:
+        """Make room for clients to come, when accept(2) has failed."""
+        if why.errno not in FULL:
+            return  # a fault of that connection (accept(2), "Error handling")
+        if self.in_hand:
+            self.part_with(next(iter(self.in_hand.values())), "too many clients in hand")
+        elif why.errno == errno.EMFILE and self.place[Board.SERVED]:
+            log(record("*", "Handler Keeps Descriptors Open."))
+            self.told_to_leave = True
+        else:
+            log(record("*", f"Cannot Accept: {why.strerror}"))
+            time.sleep(1.0)
+
+    def part_with(self, client: Client, why: str) -> None:
+        """Let a client go without a reply, and say so in the log, not more than once a second."""
+        self.parted += 1
+        if (now := time.monotonic()) >= self.parted_at + 1.0:
+            before = f" (and {self.parted - 1} before)" if self.parted > 1 else ""
+            log(record("-", f"Client: {client.name}; Dropped: {why}{before}."))
+            self.parted_at, self.parted = now, 0
+        self.let_go(client)
+
+    def queue_behind(self) -> None:
+        """Register the listener anew, behind the workers that have no clients in hand."""
+        self.queued_at = self.clock.seconds
+        if self.serving and EXCLUSIVE:
+            self.poller.unregister(self.listener)
+            self.poller.register(self.listener, IN | EXCLUSIVE)
+
+    # ---- Conversation ---------------------------------------------------------------
+
+    def converse(self, connection: socket.SocketType, client: str) -> Iterator[Wish]:
+        """One request, from its first byte to the end of its reply.  A client that sends nothing is none."""
+        records = record("-", "Client Query Processing Started.", self.pid)
+        text, half_closed, until, quiet, breath = bytearray(), False, 0.0, 0.0, BREATH
+        try:
+            # Receive, until the client half-closes or, if the text is short, falls silent.
+            while not half_closed:
+                piece = receive(connection)
+                if piece:
+                    text += piece
+                    quiet = 0.0
+                    if len(text) > self.max_text:
+                        raise Refused(f"text longer than {self.max_text} bytes")
+                    if len(text) < breath:
+                        continue
+                    breath += BREATH
+                elif piece is not None:
+                    half_closed = True
+                    break
+                now = self.clock.seconds
+                until = until or now + self.settings.timeout
+                quiet = quiet or now + patience_after(text)
+                if now >= min(until, quiet) or (self.stopping and not text):
+                    break
+                yield IN, min(until, quiet), len(text)
+            if not text and not half_closed:
+                self.requests_left += 1
+                return
+            if not half_closed and quiet > until:
+                raise Refused(f"text not ended within {self.settings.timeout:g} s")
+
+            # Handle.
+            whole = text.decode()
+            text = bytearray()
+            records += record("-", f"Client: {client}; Received Text:", self.pid) + indented(whole[:LOGGED])
+            if len(whole) > LOGGED:
+                records += record("-", f"Logged {LOGGED} of {len(whole)} Characters.")
+            log(records)
+            records = ""
+            reply = self.handle(whole)
+        except (Refused, UnicodeDecodeError, MemoryError) as why:
+            text, whole = bytearray(), ""  # which may be large
+            reason = (f"text is not UTF-8 at byte offset {why.start}" if isinstance(why, UnicodeDecodeError) else
+                      "not enough memory" if isinstance(why, MemoryError) else str(why))
+            log(records + record("-", f"Client: {client}; Refused: {reason}."))
+            records, reply = "", b"%d error: %b\n" % (self.pid, reason.encode())
+        except OSError as why:
+            if text:
+                log(records + record("-", f"Client: {client}; Lost: {why.strerror or why}.")
+                    + record("-", "Client Query Processing Ended.", self.pid))
+            else:
+                self.requests_left += 1
+            return
+        self.place[Board.SERVED] += 1
+
+        # Answer.
+        try:
+            sent = send(connection, reply)
+            if sent < len(reply):
+                until = self.clock.seconds + self.settings.timeout
+                with memoryview(reply) as whole_reply:
+                    while sent < len(reply):
+                        yield OUT, until, len(reply)
+                        sent += send(connection, whole_reply[sent:])
+                        if sent < len(reply) and self.clock.seconds >= until:
+                            raise TimeoutError("timed out")
+            if not half_closed:  # to close with data unread resets the connection (RFC 2525, 2.17), reply and all
+                connection.shutdown(socket.SHUT_WR)
+                reply = b""
+                until = self.clock.seconds + self.settings.timeout
+                quiet = self.clock.seconds + 1.0
+                while self.clock.seconds < min(until, quiet):
+                    yield IN, min(until, quiet), 0
+                    piece = receive(connection)
+                    if piece:
+                        quiet = self.clock.seconds + 1.0
+                    elif piece is not None:
+                        break
+        except OSError as why:
+            log(record("-", f"Client: {client}; Reply Not Taken: {why.strerror or why}."))
+        log(record("-", "Client Query Processing Ended.", self.pid))
+
+    def handle(self, text: str) -> bytes:
+        """The handler's reply, as it is sent.  Raises Refused, whatever the handler raises."""
+        self.place[Board.CALLED] = called = time.monotonic()
+        if self.foreign:
+            sys.stdout = sys.stderr = self.printed.stream()
+        try:
+            reply = self.handler(text)
+            if not isinstance(reply, str):
+                raise TypeError(f"handler returned {type(reply).__name__}, expected str")
+            return b"%d %b\n" % (self.pid, str.encode(reply))
+        except BaseException as why:  # SystemExit too: no text ends a worker
+            log(traced("Handler Failed:", why))
+            raise Refused("handler failed") from None
+        finally:
+            if self.foreign:
+                self.tidy_up()
+            self.place[Board.CALLED] = 0
+            if self.in_hand:
+                self.handled += time.monotonic() - called
+
+    def tidy_up(self) -> None:
+        """Take back what the handler may have done to this process."""
+        if os.getpid() != self.pid:
+            os._exit(0)  # a process that the handler has forked: it is not to serve
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.fchdir(self.home)
+        self.printed.end_line()
 
 
 class Refused(Exception):
     """Why a client gets no answer to its text; it is told."""
 
 
-class Worker:
-    """Accepts clients one after the other, until its requests are used up or it is told to leave."""
-
-    told_to_leave = False  # by TERM
-    connection: socket.SocketType | None = None  # the client in hand, or the last one
-
-    @classmethod
-    def leave(cls, *_: object) -> None:
-        cls.told_to_leave = True
-
-    def __init__(self, manager: Manager, handler: Callable[[str], str]) -> None:
-        """In the manager: what all workers until the next reload have in common."""
-        self.manager_pid, self.settings, self.handler = manager.pid, manager.settings, handler
-        self.listener, self.lifeline, self.printed = manager.listener, manager.lifeline, manager.printed
-        self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
-        self.max_text, self.requests_left = self.settings.max_text, self.settings.max_requests
-
-    def set_up(self, busy_since: memoryview[float]) -> None:
-        """Make ready what to wait by; let signals in."""
-        self.pid, self.busy_since = os.getpid(), busy_since
-        for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM):
-            signal.signal(signum, signal.SIG_IGN)
-        self.woken, waker = os.pipe()  # so that a signal between the loop's test and its wait ends the wait
-        os.set_blocking(waker, False)
-        signal.set_wakeup_fd(waker)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self.poller = select.epoll() if hasattr(select, "epoll") else select.poll()
-        # A client wakes one of the waiting workers, not all (epoll_ctl(2)).
-        self.poller.register(self.listener, select.POLLIN | getattr(select, "EPOLLEXCLUSIVE", 0))
-        self.poller.register(self.woken, select.POLLIN)
-        self.poller.register(self.lifeline, select.POLLIN)  # ends the wait when the manager is gone
-        log(record("*", "Child Process Started."))
-        self.busy_since[0] = IDLE
-
-    def forked(self) -> None:
-        """In a process that the handler has forked: it can be terminated, and does not keep the client waiting."""
-        if self.connection:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self.connection.close()
-
-    def run(self) -> None:
-        while self.requests_left and os.getppid() == self.manager_pid:
-            try:
-                descriptor, address = self.listener._accept()  # type: ignore[attr-defined]  # accept() makes much of it
-            except (BlockingIOError, ConnectionAbortedError):
-                if self.told_to_leave:  # and only now: a client may have woken this worker, and so no other
-                    break
-                if (self.woken, select.POLLIN) in self.poller.poll():
-                    os.read(self.woken, 512)
-                continue
-            self.connection = socket.SocketType(*self.kind, descriptor)
-            self.serve(self.connection, address[0].removeprefix("::ffff:"))
-            self.connection.close()  # which sends what was held back, in one packet with the end
-            if self.told_to_leave:
-                break
-        if self.told_to_leave:
-            log(record("*", "Caught SIGTERM"))
-        log(record("*", f"Child Process Ended. ({self.requests_left})"))
-
-    def serve(self, connection: socket.SocketType, client: str) -> None:
-        """One request.  A client that leaves without having sent a byte is none."""
-        connection.setblocking(False)  # whatever default the handler's module has set
-        records, half_closed = record("-", "Client Query Processing Started.", self.pid), False
-        try:
-            try:
-                data, half_closed = self.receive(connection)
-                if not data and not half_closed:
-                    return
-                text = data.decode()
-                records += record("-", f"Client: {client}; Received Text:", self.pid) + indented(text[:LOGGED])
-                if len(text) > LOGGED:
-                    records += record("-", f"Logged {LOGGED} of {len(text)} Characters.")
-                log(records)
-                records = ""
-                reply = self.handle(text)
-            except (Refused, UnicodeDecodeError) as why:
-                reason = why if isinstance(why, Refused) else f"text is not UTF-8 at byte offset {why.start}"
-                log(records + record("-", f"Client: {client}; Refused: {reason}."))
-                records, reply = "", f"error: {reason}".encode()
-            self.requests_left -= 1
-            self.answer(connection, b"%d %b\n" % (self.pid, reply), half_closed)
-        except OSError as why:
-            lost = "Lost" if records else "Reply Not Taken"  # what is not logged yet tells that the text had not come
-            log(records + record("-", f"Client: {client}; {lost}: {why.strerror or why}."))
-        log(record("-", "Client Query Processing Ended.", self.pid))
-
-    def receive(self, connection: socket.SocketType) -> tuple[bytearray, bool]:
-        """What the client sent, and whether it half-closed.  Raises Refused, OSError."""
-        text, deadline = bytearray(), math.inf
-        while len(text) <= self.max_text:
-            try:
-                piece = connection.recv(RECEIVE_BYTES)
-                if not piece:
-                    return text, True
-                text += piece
-            except BlockingIOError:
-                now = time.monotonic()
-                deadline = min(deadline, now + self.settings.timeout)
-                silence = deadline - now
-                if 0 < len(text) <= OPEN_SIDE_BYTES:
-                    silence = min(silence, 0.1 if text.endswith(b"\n") else 1.0)
-                if (text or not deferred_in_vain(connection)) and readable(connection, silence):
-                    continue
-                if not text or silence < deadline - now:
-                    return text, False
-                raise Refused(f"text not ended within {self.settings.timeout:g} s") from None
-        raise Refused(f"text longer than {self.max_text} bytes")
-
-    def handle(self, text: str) -> bytes:
-        """The handler's reply.  Raises Refused, whatever the handler raises."""
-        self.busy_since[0] = time.monotonic()
-        sys.stdout = sys.stderr = self.printed  # whatever an earlier call has made of them
-        try:
-            reply = self.handler(text)
-            if not isinstance(reply, str):
-                raise TypeError(f"handler returned {type(reply).__name__}, expected str")
-            return str.encode(reply)
-        except BaseException as why:  # SystemExit too: no text ends a worker
-            log(traced("Handler Failed:", why))
-            raise Refused("handler failed") from None
-        finally:
-            self.busy_since[0] = IDLE
-            if self.printed.used:
-                self.printed.flush()
-
-    def answer(self, connection: socket.SocketType, reply: bytes, half_closed: bool) -> None:
-        """Send REPLY, and let it arrive, within the timeout each.  Raises OSError."""
-        try:
-            sent = connection.send(reply, HOLD_BACK)  # nearly always all of it
-        except BlockingIOError:
-            sent = 0
-        if sent < len(reply):
-            connection.settimeout(self.settings.timeout)
-            connection.sendall(memoryview(reply)[sent:])
-        if not half_closed:  # to close with data unread resets the connection (RFC 2525, 2.17), reply and all
-            connection.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + self.settings.timeout
-            while readable(connection, min(1.0, deadline - time.monotonic())) and connection.recv(RECEIVE_BYTES):
-                pass
+def receive(connection: socket.SocketType) -> bytes | None:
+    """What has come, nothing at the end, None if nothing has come yet.  Raises OSError."""
+    try:
+        return connection.recv(RECEIVE_BYTES)
+    except BlockingIOError:
+        return None
 
 
-def readable(connection: socket.SocketType, seconds: float) -> bool:
+def send(connection: socket.SocketType, data: bytes | memoryview) -> int:
+    """How much of DATA was sent; held back until close(), so that it shares a packet with the end.  Raises OSError."""
+    try:
+        return connection.send(data, getattr(socket, "MSG_MORE", 0))
+    except BlockingIOError:
+        return 0
+
+
+OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
+
+
+def patience_after(text: bytearray) -> float:
+    """Seconds of silence after which TEXT is taken to be whole."""
+    if not 0 < len(text) <= OPEN_SIDE_BYTES:
+        return math.inf
+    return 0.1 if text.endswith(b"\n") else 1.0
+
+
+def readable(file: int | socket.socket, seconds: float) -> bool:
+    """Whether FILE has something to read, or ends, within SECONDS.  It may be a descriptor above 1023."""
     poller = select.poll()
-    poller.register(connection, select.POLLIN)
-    return bool(poller.poll(max(0.0, seconds) * 1000))
+    poller.register(file, select.POLLIN)
+    return bool(poller.poll(math.ceil(seconds * 1000)))
 
 
-def deferred_in_vain(connection: socket.SocketType) -> bool:
-    """Whether the kernel has already waited for first bytes, and given up: only then did it repeat its SYN-ACK.
+# ---- The end of a process that has run a handler ------------------------------------
 
-    How often it did is tcpi_total_retrans, at byte 100 of Linux's struct tcp_info.
+
+def open_files() -> list[weakref.ref[Any]]:
+    """The files that are open, or may be."""
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, io.IOBase)}
+    return [weakref.ref(each) for each in objects if type(each) in kinds]
+
+
+def disown() -> None:
+    """In a worker: what the handler's module has begun when it was imported is the generation's to end."""
+    if "multiprocessing.process" in sys.modules:
+        sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]  # temporary directories, for instance
+        finalizer.atexit = False
+
+
+def end_as_python_does(seconds: float, files: list[weakref.ref[Any]], threads: bool = True) -> None:
+    """Join threads and shut down pools, call what is registered with atexit, write and close files; within SECONDS.
+
+    What the interpreter does at its end, but for taking apart all modules: that would copy every page that the
+    worker shares.  multiprocessing ends its processes by the same two private functions.
     """
-    return hasattr(socket, "TCP_DEFER_ACCEPT") and any(
-        connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[100:])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    if threads and "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
+    atexit._run_exitfuncs()
+    left = [file for file in (*(found() for found in files), *(found() for found in open_files())) if file is not None]
+    # From the outer layers to the inner: text, compressed and the like, bytes.
+    for file in sorted(left, key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io")):
+        try:
+            file.close()
+        except Exception as why:
+            log(traced("Not Written:", why))
 
 
 # ---- Log ----------------------------------------------------------------------------
 
 LOGGED = 2000  # characters of a client's text
+TRACED = 4000  # characters of a traceback
 
 
 def open_log(name: str, terminal: int) -> io.FileIO:
@@ -875,12 +1833,55 @@ def open_log(name: str, terminal: int) -> io.FileIO:
         return io.FileIO(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640), "ab")
 
 
+class Log:
+    """The log, which is descriptor 2: whole lines, whoever writes, whatever happens."""
+
+    def __init__(self) -> None:
+        self.is_regular = True
+        self.cut_short = mmap.mmap(-1, 1)  # whether the last write was; all processes share it
+
+    def take(self, file: io.FileIO) -> None:
+        """Let FILE be the log from now on; it is closed."""
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        self.is_regular = stat.S_ISREG(os.fstat(2).st_mode)
+        file.close()
+
+    def write(self, lines: bytes) -> None:
+        """Write LINES at once.  A log that cannot be written costs records, never service."""
+        for piece in [lines] if self.is_regular else pieces(lines):
+            if self.cut_short[0]:
+                piece = b"\n" + piece
+            try:
+                written = os.write(2, piece)
+            except OSError:
+                return
+            if written < len(piece) or self.cut_short[0]:
+                self.cut_short[0] = not piece[:written].endswith(b"\n")
+
+
+LOG = Log()
+
+
+def pieces(lines: bytes) -> Iterator[bytes]:
+    """LINES in pieces of whole lines that a pipe takes in one (PIPE_BUF, pipe(7)).  A longer line becomes several."""
+    most, piece = select.PIPE_BUF - 1, b""
+    for line in lines.splitlines(keepends=True):
+        while len(line) > most:
+            end = most - 1
+            while line[end] & 0xC0 == 0x80:  # within a character
+                end -= 1
+            yield from filter(None, (piece, line[:end] + b"\n"))
+            piece, line = b"", b"    " + line[end:]
+        if len(piece) + len(line) > most:
+            yield piece
+            piece = b""
+        piece += line
+    yield piece
+
+
 def log(records: str) -> None:
-    """Write whole records at once to standard error, which is the log."""
-    try:
-        os.write(2, records.encode(errors="backslashreplace"))
-    except OSError:
-        pass  # a log that cannot be written costs records, never service
+    LOG.write(records.encode(errors="backslashreplace"))
 
 
 def record(mark: str, message: str, pid: int = 0) -> str:
@@ -913,29 +1914,24 @@ def printable(text: str, kept: str = "\u3000") -> str:
 
 
 def traced(message: str, why: BaseException) -> str:
+    """A record with the traceback of WHY, whose text may be a client's: long ones are cut in the middle."""
     trace = [f"{type(why).__name__}, which cannot be told"]
     with suppress(BaseException):  # an exception of the handler's own may fail to say what it is
         trace = traceback.format_exception(why)
-    return record("*", printable(message)) + indented("".join(trace))
+    text = "".join(part[:TRACED // 2] for part in trace)
+    if len(text) > TRACED:
+        text = f"{text[:TRACED // 2]}\n...\n{text[5 - TRACED // 2:]}"
+    return record("*", printable(message)) + indented(text)
 
 
-class Printed(io.TextIOWrapper):
-    """Standard output and error of handlers: each line becomes a record of the log.  Not theirs to take apart."""
+class Printed(io.RawIOBase):
+    """What handlers print, which goes to the log as it is, line by line.  It never fails, and cannot be closed."""
 
-    used = False  # as long as there is nothing to flush
+    rest = b""  # of a line that is not complete
 
-    def __init__(self) -> None:
-        super().__init__(PrintedRecords(), "utf-8", "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+    def stream(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(self, "utf-8", "backslashreplace", write_through=True)  # type: ignore[arg-type]
 
-    def write(self, text: str) -> int:
-        self.used = True
-        return super().write(text)
-
-    def detach(self) -> Any:
-        return self.buffer
-
-
-class PrintedRecords(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
@@ -943,11 +1939,17 @@ class PrintedRecords(io.RawIOBase):
         return 2
 
     def write(self, data: Any) -> int:
-        log(record("-", "Printed:") + indented(bytes(data).decode(errors="backslashreplace")))
+        lines, newline, self.rest = (self.rest + bytes(data)).rpartition(b"\n")
+        if newline:
+            LOG.write(lines + newline)
         return len(data)
 
+    def end_line(self) -> None:
+        if self.rest:
+            self.write(b"\n")
+
     def close(self) -> None:
-        pass  # the next request is to find it open, whatever wrapper around it has been closed
+        pass
 
 
 if __name__ == "__main__":

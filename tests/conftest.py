@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DAEMON = ROOT / "daemontest.py"
 CLIENT = ROOT / "testclient.py"
-POEM = ROOT / "tests" / "data" / "poem.txt"
+DATA = ROOT / "tests" / "data"
+POEM = DATA / "poem.txt"
 DEADLINE = 20.0  # s; how long a loaded machine may take for what normally takes milliseconds
 PARALLEL = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # tests that run at the same time share no ports
 MARK = "DAEMONTEST_HARNESS"  # in the environment of every process that a test starts
@@ -91,12 +93,15 @@ class Service:
         assert match, done.stdout
         return int(match[1])
 
-    def foreground(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-        """Start with -f; returns at once."""
+    def popen(self, *arguments: str | Path, script: Path = DAEMON, **options: Any) -> subprocess.Popen[str]:
+        """A command of the daemon's (or client's); returns at once."""
         options = {"cwd": self.home, "env": self.env, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
                    "stderr": subprocess.PIPE, "text": True, **options}
-        return subprocess.Popen([sys.executable, str(DAEMON), "-f", "-p", str(self.port), *map(str, arguments)],
-                                **options)
+        return subprocess.Popen([sys.executable, str(script), *map(str, arguments)], **options)
+
+    def foreground(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """Start with -f; returns at once."""
+        return self.popen("-f", "-p", str(self.port), *arguments, **options)
 
     def stop(self) -> subprocess.CompletedProcess[str]:
         return self.run("-t")
@@ -110,6 +115,11 @@ class Service:
         path = self.home / f"{name}.py"
         path.write_text(source)
         return path
+
+    def use_handler(self, name: str) -> tuple[str, str]:
+        """Put the handler tests/data/NAME.py into the home; the arguments that name it."""
+        shutil.copy(DATA / f"{name}.py", self.home)
+        return "--handler", f"{name}:handle"
 
     # -- clients --
 
@@ -134,13 +144,21 @@ class Service:
     def manager(self) -> int:
         return int(self.pid_file.read_text())
 
-    def workers(self, manager: int | None = None) -> set[int]:
-        """The manager's living children."""
+    def children(self, pid: int) -> set[int]:
+        """The living children of PID."""
         try:
-            children = psutil.Process(manager or self.manager()).children()
+            children = psutil.Process(pid).children()
         except psutil.NoSuchProcess:
             return set()
         return {child.pid for child in children if alive(child.pid)}
+
+    def generations(self, manager: int | None = None) -> set[int]:
+        """The living generations: the manager's children."""
+        return self.children(manager or self.manager())
+
+    def workers(self, manager: int | None = None) -> set[int]:
+        """The living workers of all generations."""
+        return set().union(*map(self.children, self.generations(manager)))
 
     def wait_for_new_workers(self, old: set[int]) -> set[int]:
         """Wait until as many workers have taken the place of OLD; the new ones."""
