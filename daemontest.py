@@ -66,7 +66,7 @@ import time
 import tomllib
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
@@ -138,18 +138,11 @@ class Settings:
     max_text: int = option(2**24, (1, 2**40), "BYTES", "longer texts are refused (default: %)")
     pid_file: str = option("~/daemontest.pid", NAME, "FILE", "holds the manager's process ID (default: %)")
     log_file: str = option("~/daemontest.log", NAME, "FILE", "the log (default: %; with -f standard error)")
+    directory: str = STARTED_IN  # where the handler is searched for first; no option
 
 
-OPTIONS: dict[str, Field[Any]] = {each.name: each for each in fields(Settings)}
+OPTIONS: dict[str, Field[Any]] = {each.name: each for each in fields(Settings) if each.metadata}
 WAIT_FOR_RESTART = ("bind", "port", "pid_file")
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One reading of the settings, and the directory in which the handler is searched for first."""
-
-    settings: Settings
-    directory: str
 
 
 def fitting(name: str, value: Any) -> Any:
@@ -167,14 +160,13 @@ def fitting(name: str, value: Any) -> Any:
     return absolute(value) if facts["metavar"] == "FILE" else kind(value)
 
 
-def read_configuration(file: str | None, given: dict[str, Any], log_file: str | None = None) -> Configuration:
-    """The settings GIVEN on the command line, over those in FILE, over the defaults, LOG_FILE being one.
+def read_settings(file: str | None, given: dict[str, Any], **defaults: Any) -> Settings:
+    """The settings GIVEN on the command line, over those in FILE, over DEFAULTS, over those above.
 
     Raises Failure, which names the file, the key and what is expected.
     """
     path = absolute("~/daemontest.toml" if file is None else file)
-    values: dict[str, Any] = {} if log_file is None else {"log_file": log_file}
-    directory = STARTED_IN
+    values = defaults
     if file is not None or os.path.exists(path):
         with failing_to(f"read configuration {path}"), open(path, "rb") as opened:
             content = opened.read()
@@ -187,11 +179,11 @@ def read_configuration(file: str | None, given: dict[str, Any], log_file: str | 
                 values[key] = fitting(key, value)
         except (ValueError, RecursionError) as why:  # TOML's own and UTF-8's, too
             raise Failure(f"bad configuration {path}: {fault}: {why}") from why
-        directory = os.path.dirname(path)
+        values["directory"] = os.path.dirname(path)
     settings = Settings(**values | given)
     if os.path.realpath(settings.pid_file) == os.path.realpath(settings.log_file):
         raise Failure(f"bad settings: pid_file and log_file are both {settings.pid_file}")
-    return Configuration(settings, directory)
+    return settings
 
 
 # ---- Command line -------------------------------------------------------------------
@@ -285,9 +277,9 @@ def reload(file: str | None, given: dict[str, Any]) -> None:
 def pid_file_to_ask(file: str | None, given: dict[str, Any]) -> PidFile:
     """The running service's PID file.  A configuration that broke since the start must not keep it from being found."""
     try:
-        return PidFile(read_configuration(file, given).settings.pid_file)
+        return PidFile(read_settings(file, given).pid_file)
     except Failure:
-        pid_file = PidFile(read_configuration(os.devnull, given).settings.pid_file)
+        pid_file = PidFile(read_settings(os.devnull, given).pid_file)
         if pid_file.read_pid() is None:
             raise
         return pid_file
@@ -295,13 +287,13 @@ def pid_file_to_ask(file: str | None, given: dict[str, Any]) -> PidFile:
 
 def check(file: str | None, given: dict[str, Any]) -> None:
     """check the configuration and the handler; start nothing"""
-    configuration = read_configuration(file, given)
+    settings = read_settings(file, given)
     news, telling = os.pipe()
 
     def trial() -> None:  # in a process of its own, whose end a module cannot turn into a good outcome
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
-            load_handler(configuration)
+            load_handler(settings)
         except Failure as why:
             os.write(telling, str(why).encode())
         else:
@@ -319,7 +311,7 @@ def check(file: str | None, given: dict[str, Any]) -> None:
     with suppress(BlockingIOError):
         outcome = os.read(news, select.PIPE_BUF).decode(errors="replace")
     if outcome != "good":
-        raise Failure(outcome or not_loaded(configuration, f"the process died ({cause_of_death(ended)})"))
+        raise Failure(outcome or not_loaded(settings, f"the process died ({cause_of_death(ended)})"))
     say(f"{PROGRAM}: configuration is good")
 
 
@@ -332,19 +324,18 @@ HELD = STOPS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}  
 
 def background(file: str | None, given: dict[str, Any]) -> None:
     """start detached; return when the service answers"""
-    start(functools.partial(read_configuration, file, given), detach=True)
+    start(functools.partial(read_settings, file, given), detach=True)
 
 
 def foreground(file: str | None, given: dict[str, Any]) -> None:
     """serve without detaching, until a signal such as Ctrl-C"""
-    start(functools.partial(read_configuration, file, given, STANDARD_ERROR), detach=False)
+    start(functools.partial(read_settings, file, given, log_file=STANDARD_ERROR), detach=False)
 
 
-def start(read: Callable[[], Configuration], detach: bool) -> None:
+def start(read: Callable[[], Settings], detach: bool) -> None:
     """Check, claim, listen, detach, serve.  Raises Failure, and leaves nothing behind then."""
     # Check.
-    configuration = read()
-    settings = configuration.settings
+    settings = read()
 
     # Claim.
     os.umask(UMASK)
@@ -379,12 +370,12 @@ def start(read: Callable[[], Configuration], detach: bool) -> None:
         LOG.take(log_file)
 
         # Serve.
-        Manager(read, configuration, pid_file, listener, ours, -1 if launcher else terminal, launcher).run()
+        Manager(read, settings, pid_file, listener, ours, -1 if launcher else terminal, launcher).run()
     except BaseException as why:
         pid_file.release()  # nothing if the manager has done it
         if launcher:
             with suppress(OSError):
-                launcher.sendall(f"failed {printable(str(why))}\n".encode())
+                launcher.sendall(word(f"failed {why}"))
             os._exit(1)
         os.dup2(terminal, 2)
         raise
@@ -396,14 +387,17 @@ def await_outcome(manager: socket.socket) -> None:
     The manager gives the start up if the launcher's end of the connection ends before the launcher
     has passed the word on: at Ctrl-C, if standard output cannot be written, or if the launcher is killed.
     """
-    words = manager.makefile("r", encoding="utf-8")
+    words = manager.makefile("rb")
+    said = b""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
-        word, _, told = words.readline().rstrip("\n").partition(" ")
-        if word == "started":
+        while (byte := words.read(1)) not in (b"", b"\0"):
+            said += byte
+        outcome, _, told = said.decode(errors="replace").partition(" ")
+        if outcome == "started":
             say(f"{PROGRAM}: {told}")
             signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # too late to give the start up
-            manager.sendall(b"told\n")
+            manager.sendall(word("told"))
             return
     except (Failure, KeyboardInterrupt):
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
@@ -411,7 +405,7 @@ def await_outcome(manager: socket.socket) -> None:
         words.read()  # until the manager has gone
         raise
     words.read()
-    raise Failure(told if word == "failed" else "cannot start: the manager died")
+    raise Failure(told if outcome == "failed" else "cannot start: the manager died")
 
 
 def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
@@ -535,7 +529,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         return owner == str(os.stat(self.path).st_uid)
 
     def ask_for_reload(self) -> str:
-        """Have the manager reload; its verdict, in one line.  Raises Failure.
+        """Have the manager reload; its verdict.  Raises Failure.
 
         The question is a FIFO beside the PID file, made before the signal: the manager answers those that are
         there when it begins to read its configuration.
@@ -546,17 +540,18 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 raise Failure("not running")
             os.mkfifo(question, 0o600)
         try:
-            with failing_to(f"ask with {question}"), open(os.open(question, os.O_RDONLY | os.O_NONBLOCK), "rb", 0) as file:
+            with (failing_to(f"ask with {question}"),
+                  io.FileIO(os.open(question, os.O_RDONLY | os.O_NONBLOCK)) as file):
                 if os.geteuid() == 0:
                     os.fchown(file.fileno(), os.stat(self.path).st_uid, -1)
                 pid, verdict = self.signal_manager(signal.SIGHUP), b""
-                while not verdict.endswith(b"\n"):
+                while not verdict.endswith(b"\0"):
                     alive = self.read_pid() == pid
                     verdict += file.read() or b""
                     if not alive and not verdict:
                         raise Failure("the service stopped meanwhile")
                     time.sleep(0.01)
-                return verdict.decode(errors="replace").rstrip("\n")
+                return verdict[:-1].decode(errors="replace")
         finally:
             with suppress(FileNotFoundError):  # the manager removes those that it has answered
                 os.unlink(question)
@@ -565,8 +560,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         for question in questions:
             with suppress(OSError):  # ENXIO, open(2): nobody waits for the answer any more
                 file = os.open(question, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-                if stat.S_ISFIFO(os.fstat(file).st_mode):
-                    os.write(file, printable(verdict).encode()[:select.PIPE_BUF - 1] + b"\n")
+                os.write(file, word(verdict))
                 os.close(file)
             with suppress(OSError):
                 os.unlink(question)
@@ -575,8 +569,14 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """The FIFOs of all who wait for a reload."""
         directory, name = os.path.split(self.path)
         with suppress(OSError):
-            return {file.path for file in os.scandir(directory) if file.name.startswith(f"{name}.reload-")}
+            return {file.path for file in os.scandir(directory) if file.name.startswith(f"{name}.reload-")
+                    and stat.S_ISFIFO(file.stat(follow_symlinks=False).st_mode)}
         return set()
+
+
+def word(text: str) -> bytes:
+    """TEXT as processes tell it each other by pipes, in one write: it ends in a NUL, for it may have lines."""
+    return text.replace("\0", "?").encode(errors="backslashreplace")[:select.PIPE_BUF - 1] + b"\0"
 
 
 def patience() -> Iterator[None]:
@@ -678,10 +678,6 @@ class Signals:
             return list(os.read(self.reading, 65536))
         return []
 
-    def close(self) -> None:
-        os.close(self.reading)
-        os.close(self.writing)
-
 
 class Clock:
     """Seconds that stand still while this process, or the machine, is suspended: nobody is late for our own delay."""
@@ -698,7 +694,7 @@ class Clock:
 
 
 class Board:
-    """Numbers in memory that a generation, its workers and the manager share.  Each is written by one process at a time."""
+    """Numbers in memory that a generation, its workers and the manager share; one process writes each at a time."""
 
     # In the head:
     LIMIT, STOPPING, IMPORTED = range(3)
@@ -729,7 +725,7 @@ class Board:
         return len(self.places) - self.count(self.VACANT)
 
     def accepting(self) -> bool:
-        """Whether any worker may still accept a client: one that its handler occupies asks for none once told to leave."""
+        """Whether a worker may accept a client, all being told to leave: not one that its handler occupies."""
         return any(place[self.STATE] in (self.STARTING, self.SERVING) and not place[self.CALLED]
                    for place in self.places)
 
@@ -766,36 +762,35 @@ class Generation:
     words = b""  # it has said so far
     silent = False  # and can say no more
 
-    def __init__(self, number: int, configuration: Configuration, log_file: io.FileIO | None, waiting: list[str]) -> None:
-        self.number, self.configuration = number, configuration
+    def __init__(self, number: int, settings: Settings, log_file: io.FileIO | None, waiting: Sequence[str]) -> None:
+        self.number, self.settings = number, settings
         self.log_file, self.waiting = log_file, waiting  # of a reload: the log opened anew, what waits for a restart
-        self.board = Board(configuration.settings.workers)
+        self.board = Board(settings.workers)
         self.news, self.telling = os.pipe()  # its word on how it went
-        self.lifeline, self.alive = os.pipe()  # only the manager holds ALIVE: end-of-file means that the manager is gone
+        self.lifeline, self.alive = os.pipe()  # the manager alone holds ALIVE: end-of-file means that it is gone
         os.set_blocking(self.news, False)
 
     def hear(self) -> str:
-        """The next line that it has said, or nothing."""
+        """The next word that it has said, or nothing."""
         with suppress(BlockingIOError):
             self.words += (said := os.read(self.news, select.PIPE_BUF))
             self.silent = not said
-        line, newline, rest = self.words.partition(b"\n")
-        self.words = rest if newline else self.words
-        return line.decode(errors="replace") if newline else ""
+        said, end, rest = self.words.partition(b"\0")
+        self.words = rest if end else self.words
+        return said.decode(errors="replace") if end else ""
 
-    def orphans(self) -> list[int]:
-        """The workers that outlive it.  Each leads a group in this session, which no recycled PID does."""
-        pids = []
+    def orphans(self) -> dict[int, memoryview[float]]:
+        """The workers that outlive it, with their places.  They lead groups in our session, as no recycled PID does."""
+        found = {}
         for place in self.board.places:
-            pid, ours = int(place[Board.PID]), False
-            with suppress(ProcessLookupError):
-                ours = place[Board.STATE] not in (Board.VACANT, Board.ENDED) and (
-                    os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0))
-            if ours:
-                pids.append(pid)
-            else:
-                place[Board.STATE] = Board.VACANT
-        return pids
+            if place[Board.STATE] in (Board.STARTING, Board.SERVING, Board.LEAVING):
+                pid = int(place[Board.PID])
+                with suppress(ProcessLookupError):
+                    if os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0):
+                        found[pid] = place
+                        continue
+            place[Board.STATE] = Board.VACANT
+        return found
 
     def close(self) -> None:
         os.close(self.news)
@@ -807,9 +802,9 @@ class Generation:
 class Manager:
     """Keeps a generation serving.  It runs nobody else's code, and so can always recover."""
 
-    def __init__(self, read: Callable[[], Configuration], configuration: Configuration, pid_file: PidFile,
-                 listener: socket.socket, listener_is_ours: bool, terminal: int, launcher: socket.socket | None) -> None:
-        self.read, self.configuration, self.pid_file = read, configuration, pid_file
+    def __init__(self, read: Callable[[], Settings], settings: Settings, pid_file: PidFile, listener: socket.socket,
+                 listener_is_ours: bool, terminal: int, launcher: socket.socket | None) -> None:
+        self.read, self.settings, self.pid_file = read, settings, pid_file
         self.listener, self.listener_is_ours = listener, listener_is_ours
         self.terminal, self.launcher = terminal, launcher  # one of which is not there (-1, None)
         self.pid = os.getpid()
@@ -829,10 +824,10 @@ class Manager:
     def run(self) -> None:
         """Serve until stopped.  Raises Failure."""
         name_process("daemontest mngr")
-        settings = self.configuration.settings
-        log(record("*", f"Daemon Server Started. Prefork Workers: {settings.workers}.")
-            + record("*", f"Max Requests per Child: {settings.max_requests}"))
+        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
+            + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
         self.signals = Signals(MEANT, MEANINGLESS)
+        gc.freeze()  # a collection would touch, and so copy, memory that all processes share
         try:
             self.loop()
         except Exception as why:  # a fault of this program; generations whose manager is gone stop by themselves
@@ -888,23 +883,22 @@ class Manager:
                 self.reload_wanted = self.ready = False
                 self.questions |= self.pid_file.questions()
                 self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-                new, running = self.read(), self.configuration.settings
-                waiting = [key for key in WAIT_FOR_RESTART if getattr(new.settings, key) != getattr(running, key)]
-                kept = {key: getattr(running, key) for key in waiting}
-                self.fork_generation(replace(new, settings=replace(new.settings, **kept)),
-                                     open_log(new.settings.log_file, self.terminal), waiting)
+                new, running = self.read(), self.settings
+                waiting = [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]
+                self.fork_generation(replace(new, **{key: getattr(running, key) for key in waiting}),
+                                     open_log(new.log_file, self.terminal), waiting)
             elif not self.in_state(State.SERVING) and self.clock.seconds >= self.not_before:
-                self.fork_generation(self.configuration)
+                self.fork_generation(self.settings)
         except Failure as why:
-            self.loading_failed(str(why), not reloading)
+            self.loading_failed(self.born + 1, str(why), not reloading)
 
-    def fork_generation(self, configuration: Configuration, log_file: io.FileIO | None = None,
-                        waiting: list[str] = []) -> None:  # noqa: B006, never changed
+    def fork_generation(self, settings: Settings, log_file: io.FileIO | None = None,
+                        waiting: Sequence[str] = ()) -> None:
         log(record("*", f"Manager Process ID: {self.pid}"))
         for serving in self.in_state(State.SERVING):
             serving.board.open_up()
         with failing_to("fork a generation"):
-            generation = Generation(self.born + 1, configuration, log_file, waiting)
+            generation = Generation(self.born + 1, settings, log_file, waiting)
             generation.pid = forked(Supervisor(self, generation).live)
         self.born += 1
         self.generations.append(generation)
@@ -918,7 +912,8 @@ class Manager:
 
     def time_to_wait(self) -> float | None:
         """Without end while one generation serves; otherwise something is under way, to be looked after."""
-        return None if self.ready and not self.starting and len(self.generations) == 1 else TICK
+        steady = self.ready and not self.starting and not self.stopping and len(self.generations) == 1
+        return None if steady else TICK
 
     def talking(self) -> list[int]:
         """The descriptors of those that may have something to say."""
@@ -945,26 +940,26 @@ class Manager:
                     self.take_over(generation)
                 case ["failed", why]:
                     generation.state = State.GIVEN_UP
-                    self.loading_failed(why, generation.log_file is None)
+                    self.loading_failed(generation.number, why, generation.log_file is None)
 
     def take_over(self, generation: Generation) -> None:
         """Let GENERATION, which is up, be the one that serves."""
         for last in self.in_state(State.SERVING):
             self.dismiss(last)
         generation.state, generation.since = State.SERVING, time.time()
-        self.configuration, self.last_failure = generation.configuration, ""
+        self.settings, self.last_failure = generation.settings, ""
         if generation.log_file:
             LOG.take(generation.log_file)
             generation.log_file = None
         if generation.waiting:
             log(record("*", f"Waiting for a Restart: {', '.join(generation.waiting)}"))
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
-            seconds = math.ceil(self.configuration.settings.timeout)
+            seconds = math.ceil(self.settings.timeout)
             self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
 
-    def loading_failed(self, why: str, unasked: bool) -> None:
-        """Tell whoever is concerned WHY a generation did not come up; UNASKED if it was to replace a dead one."""
-        self.last_failure = f"; generation {self.born} failed: {printable(why)}"
+    def loading_failed(self, number: int, why: str, unasked: bool) -> None:
+        """Tell whoever is concerned WHY generation NUMBER did not come up; UNASKED if it was to replace a dead one."""
+        self.last_failure = f"; generation {number} failed: {printable(why)}"
         for serving in self.in_state(State.SERVING):
             serving.board.open_up()
         if self.starting:
@@ -981,19 +976,21 @@ class Manager:
     def tell_when_ready(self) -> None:
         """Tell whoever waits when a generation serves and no other accepts clients any more."""
         serving = self.in_state(State.SERVING)
-        if self.ready or self.stopping or len(serving) != 1 or self.in_state(State.LOADING):
+        if self.ready or self.stopping or not serving or self.in_state(State.LOADING):
             return
+        if self.reload_wanted and self.in_state(State.GIVEN_UP):
+            return  # the reload is to begin afresh
         if any(other.board.accepting() for other in self.generations if other is not serving[0]):
             return
         self.ready = True
-        workers, since = self.configuration.settings.workers, time.localtime(serving[0].since)
+        workers, since = self.settings.workers, time.localtime(serving[0].since)
         self.notify(f"READY=1\nMAINPID={self.pid}\nSTATUS={workers} workers, generation {serving[0].number} since "
                     f"{time.strftime('%H:%M:%S', since)}{self.last_failure}")
         self.answer(f"reloaded {self.pid}")
         if self.launcher:
             port = self.listener.getsockname()[1]
             with suppress(OSError):  # its end is noticed by hear_launcher()
-                self.launcher.sendall(f"started {self.pid} started, {workers} workers on port {port}\n".encode())
+                self.launcher.sendall(word(f"started {self.pid} started, {workers} workers on port {port}"))
         else:
             self.starting = False
 
@@ -1018,13 +1015,13 @@ class Manager:
     def bury(self, generation: Generation, status: int) -> None:
         self.hear_generations()  # its last words
         was, generation.state, generation.dead = generation.state, State.LEAVING, True
-        generation.kill_at = min(generation.kill_at, self.clock.seconds + generation.configuration.settings.grace)
+        generation.kill_at = min(generation.kill_at, self.clock.seconds + generation.settings.grace)
         if status:
             kill_group(generation.pid)  # what its module has started
         cause = cause_of_death(status)
         if was is State.LOADING:
-            why = not_loaded(generation.configuration, f"the process died ({cause})")
-            self.loading_failed(why, generation.log_file is None)
+            why = not_loaded(generation.settings, f"the process died ({cause})")
+            self.loading_failed(generation.number, why, generation.log_file is None)
         elif was is State.SERVING:
             log(record("*", f"Generation Died. ({cause})", generation.pid))
             self.not_before = self.clock.seconds + RESPAWN_DELAY
@@ -1040,9 +1037,11 @@ class Manager:
                 self.dismiss(generation)  # it came so far that it can leave in good order
             elif not generation.dead:
                 kill_group(generation.pid)
-            for pid in generation.orphans() if generation.dead else ():
-                log(record("*", "Child Process Died. (SIGKILL: not done within the grace)", pid))
-                kill_group(pid)
+            else:
+                for pid, place in generation.orphans().items():
+                    log(record("*", "Child Process Died. (SIGKILL: not done within the grace)", pid))
+                    kill_group(pid)
+                    place[Board.STATE] = Board.VACANT
 
     # -- what signals mean --
 
@@ -1079,7 +1078,7 @@ class Manager:
         """Tell a generation to leave within the grace; it sees to that itself, unless something keeps it."""
         if generation.state is not State.LEAVING:
             generation.state = State.LEAVING
-            generation.kill_at = self.clock.seconds + generation.configuration.settings.grace + 4 * PATIENCE
+            generation.kill_at = self.clock.seconds + generation.settings.grace + 4 * PATIENCE
         generation.board.head[Board.STOPPING] = self.stopping
         for pid in generation.orphans() if generation.dead else [generation.pid]:
             os.kill(pid, signal.SIGTERM)
@@ -1118,11 +1117,11 @@ IGNORED = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.
 LOOK = signal.SIGCHLD  # what a worker sends to its generation, for it to look after its workers
 
 
-def load_handler(configuration: Configuration) -> Callable[[str], str]:
+def load_handler(settings: Settings) -> Callable[[str], str]:
     """Import the handler.  Raises Failure, whatever its module raises."""
-    module_name, function_name = configuration.settings.handler.split(":")
+    module_name, function_name = settings.handler.split(":")
     sys.dont_write_bytecode = True  # it is found stale by whole seconds only: a quick edit would go unseen
-    sys.path.insert(0, configuration.directory)
+    sys.path.insert(0, settings.directory)
     try:
         handler: Callable[[str], str] = getattr(importlib.import_module(module_name), function_name)
         if not callable(handler):
@@ -1131,12 +1130,12 @@ def load_handler(configuration: Configuration) -> Callable[[str], str]:
         reason = type(why).__name__
         with suppress(BaseException):  # an exception of the module's own may fail to say what it is
             reason += f": {why}"
-        raise Failure(not_loaded(configuration, reason)) from why
+        raise Failure(not_loaded(settings, reason)) from why
     return handler
 
 
-def not_loaded(configuration: Configuration, why: str) -> str:
-    return f"cannot load handler {configuration.settings.handler}: {why[:2000]}"
+def not_loaded(settings: Settings, why: str) -> str:
+    return f"cannot load handler {settings.handler}: {why[:2000]}"
 
 
 class Child:
@@ -1155,16 +1154,16 @@ class Supervisor:
 
     def __init__(self, manager: Manager, generation: Generation) -> None:
         """In the manager: what the generation takes along, and what it has to leave behind."""
-        self.configuration, self.settings = generation.configuration, generation.configuration.settings
+        self.settings = generation.settings
         self.number, self.board, self.log_file = generation.number, generation.board, generation.log_file
         self.previous = [other.board for other in manager.generations]
         self.listener, self.listener_is_ours = manager.listener, manager.listener_is_ours
         self.lifeline, self.telling = generation.lifeline, generation.telling
         self.first = manager.starting
-        launcher = [manager.launcher.fileno()] if manager.launcher else []
-        terminal = [manager.terminal] if manager.terminal >= 0 else []
-        self.not_ours = [manager.pid_file.lock.fileno(), manager.signals.reading, manager.signals.writing, *launcher,
-                         *terminal, *(end for each in [*manager.generations, generation] for end in (each.news, each.alive))]
+        self.not_ours = [manager.pid_file.lock.fileno(), manager.signals.reading, manager.signals.writing]
+        self.not_ours += [end for each in (*manager.generations, generation) for end in (each.news, each.alive)]
+        self.not_ours += [manager.launcher.fileno()] if manager.launcher else []
+        self.not_ours += [manager.terminal] if manager.terminal >= 0 else []
         self.children: dict[int, Child] = {}
         self.vacant_until: list[float] = []  # on the clock: when the places of workers that died may be filled
         self.up = False  # all workers have been
@@ -1174,17 +1173,21 @@ class Supervisor:
     def live(self) -> None:
         for descriptor in self.not_ours:
             os.close(descriptor)
-        if not os.read(self.lifeline, 100):
-            os._exit(1)
         name_process(f"daemontest gen{self.number}")
         for signum in (MEANT | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
             signal.signal(signum, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.read(self.lifeline, 100)  # until the manager has noted this process
+        # SIGIO ends this process when the manager is killed while the module, or its C code, goes on (fcntl(2)).
+        fcntl.fcntl(self.lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self.lifeline, fcntl.F_SETFL, os.O_ASYNC)
+        if readable(self.lifeline, 0):
+            os._exit(1)
         self.printed = Printed()
         sys.stdout = sys.stderr = self.printed.stream()
         try:
-            handler = load_handler(self.configuration)
+            handler = load_handler(self.settings)
         except Failure as why:
             self.printed.end_line()
             if self.first:
@@ -1200,6 +1203,7 @@ class Supervisor:
     def settle(self, handler: Callable[[str], str]) -> None:
         """Undo what the handler's module may have done to this process, and prepare for the workers."""
         signal.setitimer(signal.ITIMER_REAL, 0)
+        fcntl.fcntl(self.lifeline, fcntl.F_SETFL, 0)
         self.signals = Signals({signal.SIGTERM, LOOK}, IGNORED)
         self.board.head[Board.IMPORTED] = True  # from now on it can be told to leave
         self.printed.end_line()
@@ -1213,10 +1217,10 @@ class Supervisor:
         self.worker = Worker(self, handler)
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
-    def tell(self, word: str) -> None:
+    def tell(self, outcome: str) -> None:
         """Tell the manager how it went; it may be gone."""
         with suppress(OSError):
-            os.write(self.telling, f"{printable(word)}\n".encode())
+            os.write(self.telling, word(outcome))
 
     def supervise(self) -> None:
         while self.children or not self.leaving:
@@ -1330,12 +1334,14 @@ VACANT_PLACE = memoryview(bytes(8 * 8)).cast("d")
 RECEIVE_BYTES = 16384  # at once; more no longer stays in the processor's nearest cache
 BREATH = 2**20  # bytes of one text after which the others are looked after
 TEXTS_IN_HAND = 4  # so many times the longest text may the bytes in hand be
+A_MOMENT = 0.001  # s in which the half-close nearly always follows the text; nobody else is in hand then
 REQUEUE = 0.1  # s after which a worker that has clients in hand queues behind those that have none
+HOLD_BACK = getattr(socket, "MSG_MORE", 0)  # for the end of the reply and that of the connection to share a packet
 IN, OUT = select.POLLIN, select.POLLOUT
 EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)  # a new client wakes one of the workers that wait (epoll_ctl(2))
 FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
-Wish = tuple[int, float, int]  # what a conversation waits for (IN, OUT), until when on the clock, and the bytes it holds
+Wish = tuple[int, float, int]  # what a conversation waits for (IN, OUT), until when (clock), and the bytes it holds
 
 
 class Client:
@@ -1365,9 +1371,10 @@ class Worker:
 
     def __init__(self, supervisor: Supervisor, handler: Callable[[str], str]) -> None:
         """In the generation: what all its workers have in common."""
-        self.settings, self.board, self.generation, self.handler = supervisor.settings, supervisor.board, supervisor, handler
-        self.generation_pid = os.getpid()
-        self.listener, self.lifeline, self.printed = supervisor.listener, supervisor.workers_lifeline, supervisor.printed
+        self.generation, self.generation_pid = supervisor, os.getpid()
+        self.settings, self.board, self.handler = supervisor.settings, supervisor.board, handler
+        self.lifeline, self.printed = supervisor.workers_lifeline, supervisor.printed
+        self.listener = supervisor.listener
         self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.max_text, self.requests_left = self.settings.max_text, self.settings.max_requests
         self.foreign = handler is not text_length  # so it may fork, print, change directory, keep files open ...
@@ -1436,7 +1443,7 @@ class Worker:
 
     def run(self) -> None:
         named = True  # a client may be waiting already
-        events: list[tuple[int, int]] = []
+        ready: dict[int, int] = {}
         listener = self.listener.fileno()
         while self.serving or self.in_hand:
             # Accept, before all else what this worker was woken for.  Without clients in hand ask at once.
@@ -1446,18 +1453,18 @@ class Worker:
                 self.leave()
 
             # Go on with those that are ready, and with those that are late.
-            for descriptor, _ in events:
-                if descriptor in self.in_hand:
-                    self.resume(self.in_hand[descriptor])
             if self.in_hand:
+                for descriptor in ready:
+                    if descriptor in self.in_hand:
+                        self.resume(self.in_hand[descriptor])
                 self.look_after_the_late()
 
             # Wait.
             if self.serving or self.in_hand:
-                events = self.wait()
-                named = any(descriptor == listener for descriptor, _ in events)
+                ready = self.wait()
+                named = listener in ready
 
-    def wait(self) -> list[tuple[int, int]]:
+    def wait(self) -> dict[int, int]:
         """Wait until something is ready or somebody late; let the clock go on."""
         if not self.in_hand:
             events: list[tuple[int, int]] = self.poll(None)
@@ -1468,15 +1475,15 @@ class Worker:
             self.handled = 0.0
             if self.clock.seconds > self.queued_at + REQUEUE:
                 self.queue_behind()
-        for descriptor, _ in events:
-            if descriptor == self.signals.reading:
-                self.signals.take()
-            elif descriptor == self.lifeline:
-                self.told_to_leave = True
+        ready = dict(events)
+        if self.signals.reading in ready:
+            self.signals.take()
+        if self.lifeline in ready:
+            self.told_to_leave = True
         if self.told_to_leave and self.board.head[Board.STOPPING] and not self.stopping:
             self.stopping = True  # clients that have not sent a byte notice it
-            events += [(descriptor, 0) for descriptor in self.in_hand]
-        return events
+            ready |= dict.fromkeys(self.in_hand, 0)
+        return ready
 
     def accept(self) -> bool:
         """Accept a client and converse with it as far as it goes.  Whether there was one."""
@@ -1523,6 +1530,7 @@ class Worker:
             if not self.told_to_leave and self.board.count(Board.LEAVING, Board.ENDED) > allowed:
                 self.place[Board.STATE] = Board.SERVING
                 return
+        if self.in_hand or self.foreign:  # otherwise its end will do that in a moment
             self.call_generation()
         self.serving = False
         self.poller.unregister(self.listener)  # closing it is not enough while others hold it open
@@ -1652,6 +1660,10 @@ class Worker:
                 elif piece is not None:
                     half_closed = True
                     break
+                elif text and not until and not self.in_hand:
+                    until = self.clock.seconds + self.settings.timeout
+                    readable(connection, A_MOMENT)
+                    continue
                 now = self.clock.seconds
                 until = until or now + self.settings.timeout
                 quiet = quiet or now + patience_after(text)
@@ -1757,9 +1769,9 @@ def receive(connection: socket.SocketType) -> bytes | None:
 
 
 def send(connection: socket.SocketType, data: bytes | memoryview) -> int:
-    """How much of DATA was sent; held back until close(), so that it shares a packet with the end.  Raises OSError."""
+    """How much of DATA was sent.  Raises OSError."""
     try:
-        return connection.send(data, getattr(socket, "MSG_MORE", 0))
+        return connection.send(data, HOLD_BACK)
     except BlockingIOError:
         return 0
 
@@ -1774,7 +1786,7 @@ def patience_after(text: bytearray) -> float:
     return 0.1 if text.endswith(b"\n") else 1.0
 
 
-def readable(file: int | socket.socket, seconds: float) -> bool:
+def readable(file: int | socket.SocketType, seconds: float) -> bool:
     """Whether FILE has something to read, or ends, within SECONDS.  It may be a descriptor above 1023."""
     poller = select.poll()
     poller.register(file, select.POLLIN)
