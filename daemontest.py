@@ -181,7 +181,9 @@ def read_settings(file: str | None, given: dict[str, Any], **defaults: Any) -> S
             raise Failure(f"bad configuration {path}: {fault}: {why}") from why
         values["directory"] = os.path.dirname(path)
     settings = Settings(**values | given)
-    if os.path.realpath(settings.pid_file) == os.path.realpath(settings.log_file):
+    files = settings.pid_file, settings.log_file
+    if os.path.realpath(files[0]) == os.path.realpath(files[1]) or (
+            all(map(os.path.exists, files)) and os.path.samefile(*files)):
         raise Failure(f"bad settings: pid_file and log_file are both {settings.pid_file}")
     return settings
 
@@ -370,7 +372,7 @@ def start(read: Callable[[], Settings], detach: bool) -> None:
         LOG.take(log_file)
 
         # Serve.
-        Manager(read, settings, pid_file, listener, ours, -1 if launcher else terminal, launcher).run()
+        Manager(read, settings, pid_file, listener, ours, [] if launcher else [terminal], launcher).run()
     except BaseException as why:
         pid_file.release()  # nothing if the manager has done it
         if launcher:
@@ -461,7 +463,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 file = self.opened(os.O_RDWR | os.O_CREAT)
                 if not flocked(file, fcntl.LOCK_SH):
                     raise Failure(f"cannot start: already running (PID file {self.path})")
-                if not re.fullmatch(rb"\s*\S{0,32}\s*", file.read(1000)):
+                if not re.fullmatch(rb"\s*(\d*|\S{0,32})\s*", file.read(2000)) or file.read(1):
                     raise OSError("not a PID file, since more stands in it than a number")
                 if os.fstat(file.fileno()).st_uid != os.geteuid():
                     os.unlink(self.path)  # left over by another user: only root comes here
@@ -803,10 +805,10 @@ class Manager:
     """Keeps a generation serving.  It runs nobody else's code, and so can always recover."""
 
     def __init__(self, read: Callable[[], Settings], settings: Settings, pid_file: PidFile, listener: socket.socket,
-                 listener_is_ours: bool, terminal: int, launcher: socket.socket | None) -> None:
+                 listener_is_ours: bool, terminal: list[int], launcher: socket.socket | None) -> None:
         self.read, self.settings, self.pid_file = read, settings, pid_file
         self.listener, self.listener_is_ours = listener, listener_is_ours
-        self.terminal, self.launcher = terminal, launcher  # one of which is not there (-1, None)
+        self.terminal, self.launcher = terminal, launcher
         self.pid = os.getpid()
         self.clock = Clock()
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
@@ -886,7 +888,7 @@ class Manager:
                 new, running = self.read(), self.settings
                 waiting = [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]
                 self.fork_generation(replace(new, **{key: getattr(running, key) for key in waiting}),
-                                     open_log(new.log_file, self.terminal), waiting)
+                                     open_log(new.log_file, *self.terminal), waiting)
             elif not self.in_state(State.SERVING) and self.clock.seconds >= self.not_before:
                 self.fork_generation(self.settings)
         except Failure as why:
@@ -1160,18 +1162,20 @@ class Supervisor:
         self.listener, self.listener_is_ours = manager.listener, manager.listener_is_ours
         self.lifeline, self.telling = generation.lifeline, generation.telling
         self.first = manager.starting
-        self.not_ours = [manager.pid_file.lock.fileno(), manager.signals.reading, manager.signals.writing]
-        self.not_ours += [end for each in (*manager.generations, generation) for end in (each.news, each.alive)]
-        self.not_ours += [manager.launcher.fileno()] if manager.launcher else []
-        self.not_ours += [manager.terminal] if manager.terminal >= 0 else []
+        self.not_ours: list[Any] = [manager.pid_file.lock, *([manager.launcher] if manager.launcher else [])]
+        self.ends_not_ours = [manager.signals.reading, manager.signals.writing, *manager.terminal]
+        self.ends_not_ours += [end for each in (*manager.generations, generation) for end in (each.news, each.alive)]
         self.children: dict[int, Child] = {}
         self.vacant_until: list[float] = []  # on the clock: when the places of workers that died may be filled
         self.up = False  # all workers have been
+        self.manager_is_gone = False
         self.leaving = False
         self.leave_by = math.inf  # on the clock
 
     def live(self) -> None:
-        for descriptor in self.not_ours:
+        for file in self.not_ours:
+            file.close()
+        for descriptor in self.ends_not_ours:
             os.close(descriptor)
         name_process(f"daemontest gen{self.number}")
         for signum in (MEANT | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
@@ -1196,6 +1200,9 @@ class Supervisor:
             os._exit(1)
         self.settle(handler)
         self.supervise()
+        if self.manager_is_gone and self.listener_is_ours:
+            with suppress(OSError):
+                self.listener.shutdown(socket.SHUT_RDWR)  # for a process that the module has forked may hold it open
         self.listener.close()
         end_as_python_does(1.0, [], threads=False)
         os._exit(0)
@@ -1228,14 +1235,15 @@ class Supervisor:
             self.tell_when_up()
             seconds = self.time_to_wait()
 
-            signals = self.signals.wait(seconds, *([] if self.board.head[Board.STOPPING] else [self.lifeline]))
+            signals = self.signals.wait(seconds, *([] if self.manager_is_gone else [self.lifeline]))
 
             self.clock.go_on(seconds)
             self.bury_the_dead()
             self.kill_the_overdue()
             if signal.SIGTERM in signals:
                 self.leave()
-            if not self.board.head[Board.STOPPING] and readable(self.lifeline, 0):  # the manager is gone
+            if not self.manager_is_gone and readable(self.lifeline, 0):
+                self.manager_is_gone = True
                 self.board.head[Board.STOPPING] = True
                 self.leave()
 
@@ -1395,8 +1403,11 @@ class Worker:
         signal.signal(LOOK, signal.SIG_DFL)
         self.serving, self.stopping, self.told_to_leave, self.caught = True, False, False, False
         self.signals = Signals([signal.SIGTERM], [], self.catch)
+        self.connection: socket.SocketType | None = None  # the one whose conversation goes on
+        self.in_fork = False  # of the handler's
         if self.foreign:
             disown()
+            os.register_at_fork(after_in_child=self.let_fork_go)
 
         self.clock, self.handled = Clock(), 0.0  # HANDLED: what the handler has taken since the clock's last look
         self.in_hand: dict[int, Client] = {}  # by descriptor, those longest in hand first
@@ -1416,6 +1427,8 @@ class Worker:
         poller.register(self.listener, IN | EXCLUSIVE)
         poller.register(self.signals.reading, IN)
         poller.register(self.lifeline, IN)  # ends the wait when the generation is gone
+        self.own_descriptors = os.dup(self.home)
+        os.close(self.own_descriptors)
         log(record("*", "Child Process Started."))
         place[Board.STATE] = Board.SERVING
         if not self.generation.up:
@@ -1430,10 +1443,16 @@ class Worker:
         os._exit(0)
 
     def catch(self, *_: object) -> None:
-        if os.getpid() != self.pid:  # a process that the handler has forked ends as others do
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
         self.told_to_leave = self.caught = True
+
+    def let_fork_go(self) -> None:
+        """In a process that the handler has forked: it keeps neither clients waiting nor the port, and ends at TERM."""
+        self.in_fork = True
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for connection in (self.listener, self.connection, *(client.connection for client in self.in_hand.values())):
+            if connection:
+                connection.close()
 
     def call_generation(self) -> None:
         if os.getppid() == self.generation_pid:
@@ -1500,6 +1519,7 @@ class Worker:
         # address a second time.
         connection = socket.SocketType(*self.kind, descriptor)
         connection.setblocking(False)  # whatever default the handler's module has set
+        self.connection = connection
         self.requests_left -= 1
         name = address[0].removeprefix("::ffff:")
         conversation = self.converse(connection, name)
@@ -1507,10 +1527,7 @@ class Worker:
         if wish:
             self.take_in_hand(Client(connection, conversation, name), wish)
         else:
-            self.close(connection)
-            if descriptor >= self.most_descriptors and not self.in_hand:
-                log(record("*", "Handler Keeps Descriptors Open."))
-                self.told_to_leave = True
+            connection.close()  # which sends what was held back, in one packet with the end
         if self.told_to_leave or self.requests_left <= 0:
             self.leave()
         return True
@@ -1574,6 +1591,7 @@ class Worker:
             self.part_with(next(each for each in self.in_hand.values() if each.held), "too many bytes in hand")
 
     def resume(self, client: Client) -> None:
+        self.connection = client.connection
         wish = self.next_wish(client.conversation)
         if wish:
             self.await_wish(client, wish)
@@ -1598,17 +1616,10 @@ class Worker:
     def let_go(self, client: Client) -> None:
         del self.in_hand[client.descriptor]
         self.poller.unregister(client.descriptor)  # closing it is not enough if the handler has forked
-        self.close(client.connection)
+        client.connection.close()
         client.conversation = iter(())  # a finished generator would keep its reply
         self.held -= client.held
         self.place[Board.IN_HAND] = len(self.in_hand)
-
-    def close(self, connection: socket.SocketType) -> None:
-        """Close CONNECTION, which sends what was held back, in one packet with the end."""
-        if self.foreign:  # a process that the handler has forked may hold it open
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
 
     def part_with_one(self, why: OSError) -> None:
         """Make room for clients to come, when accept(2) has failed."""
@@ -1616,9 +1627,6 @@ class Worker:
             return  # a fault of that connection (accept(2), "Error handling")
         if self.in_hand:
             self.part_with(next(iter(self.in_hand.values())), "too many clients in hand")
-        elif why.errno == errno.EMFILE and self.place[Board.SERVED]:
-            log(record("*", "Handler Keeps Descriptors Open."))
-            self.told_to_leave = True
         else:
             log(record("*", f"Cannot Accept: {why.strerror}"))
             time.sleep(1.0)
@@ -1749,11 +1757,19 @@ class Worker:
 
     def tidy_up(self) -> None:
         """Take back what the handler may have done to this process."""
-        if os.getpid() != self.pid:
-            os._exit(0)  # a process that the handler has forked: it is not to serve
+        if self.in_fork:
+            os._exit(0)  # it is not to serve
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.fchdir(self.home)
         self.printed.end_line()
+        try:
+            lowest = os.dup(self.home)  # the lowest number that is free
+            os.close(lowest)
+        except OSError:
+            lowest = sys.maxsize
+        if 2 * (lowest - self.own_descriptors - len(self.in_hand)) > self.most_descriptors - self.own_descriptors:
+            log(record("*", "Handler Keeps Descriptors Open."))
+            self.told_to_leave = True
 
 
 class Refused(Exception):
@@ -1837,7 +1853,7 @@ LOGGED = 2000  # characters of a client's text
 TRACED = 4000  # characters of a traceback
 
 
-def open_log(name: str, terminal: int) -> io.FileIO:
+def open_log(name: str, terminal: int = 2) -> io.FileIO:
     """The log file, for its owner and group only; or TERMINAL, the standard error with -f.  Raises Failure."""
     with failing_to(f"open log file {name}"):
         if name == STANDARD_ERROR:

@@ -24,6 +24,10 @@ def start_at_once(service: Service, ports: list[int]) -> list[tuple[int, int, st
     return ended
 
 
+def refusal(service: Service) -> str:
+    return f"daemontest.py: cannot start: already running (PID file {service.pid_file})\n"
+
+
 @pytest.mark.parametrize("leftover", [False, True], ids=["without a PID file", "with a PID file left over"])
 @pytest.mark.parametrize("same_port", [True, False], ids=["same port", "different ports"])
 def test_exactly_one_of_many_starts_wins(service: Service, same_port: bool, leftover: bool) -> None:
@@ -34,7 +38,7 @@ def test_exactly_one_of_many_starts_wins(service: Service, same_port: bool, left
         ended = start_at_once(service, ports)
         won = [out for _, status, out, _ in ended if status == 0]
         lost = [(status, out, err) for _, status, out, err in ended if status]
-        assert lost == [(1, "", "daemontest.py: cannot start: already running\n")] * (STARTS - 1)
+        assert lost == [(1, "", refusal(service))] * (STARTS - 1)
         manager = service.manager()
         service.port = int(won[0].split()[-1])
         assert service.port in ports
@@ -53,7 +57,7 @@ def test_starts_against_a_running_service_all_lose_and_change_nothing(service: S
     for port in (service.port, free_port()):
         ended = start_at_once(service, [port] * STARTS)
         assert [(status, out, err) for _, status, out, err in ended] == [
-            (1, "", "daemontest.py: cannot start: already running\n")] * STARTS
+            (1, "", refusal(service))] * STARTS
     assert service.processes() == before
     assert service.manager() == manager
 
