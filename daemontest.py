@@ -50,10 +50,8 @@ import errno
 import fcntl
 import functools
 import gc
-import heapq
 import importlib
 import io
-import itertools
 import math
 import mmap
 import re
@@ -270,10 +268,10 @@ def terminate(file: str | None, given: dict[str, Any]) -> None:
 
 def reload(file: str | None, given: dict[str, Any]) -> None:
     """have the service reload; return when the new workers serve"""
-    word, _, rest = pid_file_to_ask(file, given).ask_for_reload().partition(" ")
-    if word != "reloaded":
-        raise Failure(f"nothing changed: {rest}")
-    say(f"{PROGRAM}: {rest} reloaded")
+    verdict, _, why = pid_file_to_ask(file, given).ask_for_reload().partition(" ")
+    if not verdict.isdigit():
+        raise Failure(f"nothing changed: {why}")
+    say(f"{PROGRAM}: {verdict} reloaded")
 
 
 def pid_file_to_ask(file: str | None, given: dict[str, Any]) -> PidFile:
@@ -297,9 +295,9 @@ def check(file: str | None, given: dict[str, Any]) -> None:
         try:
             load_handler(settings)
         except Failure as why:
-            os.write(telling, str(why).encode())
+            os.write(telling, word(str(why)))
         else:
-            os.write(telling, b"good")
+            os.write(telling, word("good"))
         sys.stdout.flush()
         os._exit(0)
 
@@ -309,9 +307,7 @@ def check(file: str | None, given: dict[str, Any]) -> None:
     finally:
         kill_group(pid)
     os.set_blocking(news, False)
-    outcome = ""
-    with suppress(BlockingIOError):
-        outcome = os.read(news, select.PIPE_BUF).decode(errors="replace")
+    outcome = heard(news)
     if outcome != "good":
         raise Failure(outcome or not_loaded(settings, f"the process died ({cause_of_death(ended)})"))
     say(f"{PROGRAM}: configuration is good")
@@ -389,24 +385,21 @@ def await_outcome(manager: socket.socket) -> None:
     The manager gives the start up if the launcher's end of the connection ends before the launcher
     has passed the word on: at Ctrl-C, if standard output cannot be written, or if the launcher is killed.
     """
-    words = manager.makefile("rb")
-    said = b""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
-        while (byte := words.read(1)) not in (b"", b"\0"):
-            said += byte
-        outcome, _, told = said.decode(errors="replace").partition(" ")
+        outcome, _, told = (heard(manager.fileno()) or "").partition(" ")
         if outcome == "started":
             say(f"{PROGRAM}: {told}")
             signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # too late to give the start up
-            manager.sendall(word("told"))
+            with suppress(OSError):  # the manager may have ended since
+                manager.sendall(word("told"))
             return
     except (Failure, KeyboardInterrupt):
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         manager.shutdown(socket.SHUT_WR)
-        words.read()  # until the manager has gone
+        heard(manager.fileno())  # returns when the manager has gone
         raise
-    words.read()
+    heard(manager.fileno())
     raise Failure(told if outcome == "failed" else "cannot start: the manager died")
 
 
@@ -546,14 +539,14 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                   io.FileIO(os.open(question, os.O_RDONLY | os.O_NONBLOCK)) as file):
                 if os.geteuid() == 0:
                     os.fchown(file.fileno(), os.stat(self.path).st_uid, -1)
-                pid, verdict = self.signal_manager(signal.SIGHUP), b""
-                while not verdict.endswith(b"\0"):
+                pid = self.signal_manager(signal.SIGHUP)
+                while True:
                     alive = self.read_pid() == pid
-                    verdict += file.read() or b""
-                    if not alive and not verdict:
+                    if verdict := heard(file.fileno()):
+                        return verdict
+                    if not alive:
                         raise Failure("the service stopped meanwhile")
                     time.sleep(0.01)
-                return verdict[:-1].decode(errors="replace")
         finally:
             with suppress(FileNotFoundError):  # the manager removes those that it has answered
                 os.unlink(question)
@@ -577,8 +570,15 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
 
 def word(text: str) -> bytes:
-    """TEXT as processes tell it each other by pipes, in one write: it ends in a NUL, for it may have lines."""
-    return text.replace("\0", "?").encode(errors="backslashreplace")[:select.PIPE_BUF - 1] + b"\0"
+    """TEXT as processes tell it each other: not longer than what a pipe takes, and gives, at once (pipe(7))."""
+    return text.encode(errors="backslashreplace")[:select.PIPE_BUF]
+
+
+def heard(file: int) -> str | None:
+    """The word that has come through FILE; nothing at the end, None if nothing has come."""
+    with suppress(BlockingIOError):
+        return os.read(file, select.PIPE_BUF).decode(errors="replace")
+    return None
 
 
 def patience() -> Iterator[None]:
@@ -761,8 +761,7 @@ class Generation:
     dead = False  # and its workers are orphans
     since = 0.0  # when its workers were up (time.time())
     kill_at = math.inf  # on the manager's clock
-    words = b""  # it has said so far
-    silent = False  # and can say no more
+    silent = False  # it can say no more
 
     def __init__(self, number: int, settings: Settings, log_file: io.FileIO | None, waiting: Sequence[str]) -> None:
         self.number, self.settings = number, settings
@@ -771,15 +770,6 @@ class Generation:
         self.news, self.telling = os.pipe()  # its word on how it went
         self.lifeline, self.alive = os.pipe()  # the manager alone holds ALIVE: end-of-file means that it is gone
         os.set_blocking(self.news, False)
-
-    def hear(self) -> str:
-        """The next word that it has said, or nothing."""
-        with suppress(BlockingIOError):
-            self.words += (said := os.read(self.news, select.PIPE_BUF))
-            self.silent = not said
-        said, end, rest = self.words.partition(b"\0")
-        self.words = rest if end else self.words
-        return said.decode(errors="replace") if end else ""
 
     def orphans(self) -> dict[int, memoryview[float]]:
         """The workers that outlive it, with their places.  They lead groups in our session, as no recycled PID does."""
@@ -884,7 +874,8 @@ class Manager:
             if reloading:
                 self.reload_wanted = self.ready = False
                 self.questions |= self.pid_file.questions()
-                self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+                self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\n"
+                            f"STATUS=loading generation {self.born + 1}")
                 new, running = self.read(), self.settings
                 waiting = [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]
                 self.fork_generation(replace(new, **{key: getattr(running, key) for key in waiting}),
@@ -908,7 +899,6 @@ class Manager:
         os.close(generation.lifeline)
         log(record("*", "Loading configuration.", generation.pid))
         os.write(generation.alive, b"begin\n")  # only now that its PID is known here and its beginning recorded
-        self.notify(f"STATUS=loading generation {generation.number}")
 
     # -- what the loop waits for --
 
@@ -937,12 +927,13 @@ class Manager:
 
     def hear_generations(self) -> None:
         for generation in self.in_state(State.LOADING):
-            match generation.hear().split(" ", 1):
-                case ["up"]:
-                    self.take_over(generation)
-                case ["failed", why]:
-                    generation.state = State.GIVEN_UP
-                    self.loading_failed(generation.number, why, generation.log_file is None)
+            outcome = heard(generation.news)
+            if outcome == "up":
+                self.take_over(generation)
+            elif outcome:
+                generation.state = State.GIVEN_UP
+                self.loading_failed(generation.number, outcome, generation.log_file is None)
+            generation.silent = outcome == ""
 
     def take_over(self, generation: Generation) -> None:
         """Let GENERATION, which is up, be the one that serves."""
@@ -970,6 +961,7 @@ class Manager:
             self.stop()
         elif unasked:
             log(record("*", f"Generation Failed: {printable(why)}"))
+            self.notify(f"STATUS=generation {number} failed: {printable(why)}")
             self.not_before = self.clock.seconds + RESPAWN_DELAY
         else:
             log(record("*", f"Nothing Changed: {printable(why)}"))
@@ -988,7 +980,7 @@ class Manager:
         workers, since = self.settings.workers, time.localtime(serving[0].since)
         self.notify(f"READY=1\nMAINPID={self.pid}\nSTATUS={workers} workers, generation {serving[0].number} since "
                     f"{time.strftime('%H:%M:%S', since)}{self.last_failure}")
-        self.answer(f"reloaded {self.pid}")
+        self.answer(str(self.pid))
         if self.launcher:
             port = self.listener.getsockname()[1]
             with suppress(OSError):  # its end is noticed by hear_launcher()
@@ -1026,6 +1018,7 @@ class Manager:
             self.loading_failed(generation.number, why, generation.log_file is None)
         elif was is State.SERVING:
             log(record("*", f"Generation Died. ({cause})", generation.pid))
+            self.notify(f"STATUS=generation {generation.number} died: {cause}")
             self.not_before = self.clock.seconds + RESPAWN_DELAY
             self.ready = False
         elif was is State.LEAVING and status:
@@ -1155,16 +1148,11 @@ class Supervisor:
     """The process of a generation: imports the handler, forks the workers and keeps their number."""
 
     def __init__(self, manager: Manager, generation: Generation) -> None:
-        """In the manager: what the generation takes along, and what it has to leave behind."""
-        self.settings = generation.settings
-        self.number, self.board, self.log_file = generation.number, generation.board, generation.log_file
+        """In the manager, of which this knows the state at the fork."""
+        self.manager, self.generation = manager, generation
+        self.settings, self.board, self.lifeline = generation.settings, generation.board, generation.lifeline
+        self.listener = manager.listener
         self.previous = [other.board for other in manager.generations]
-        self.listener, self.listener_is_ours = manager.listener, manager.listener_is_ours
-        self.lifeline, self.telling = generation.lifeline, generation.telling
-        self.first = manager.starting
-        self.not_ours: list[Any] = [manager.pid_file.lock, *([manager.launcher] if manager.launcher else [])]
-        self.ends_not_ours = [manager.signals.reading, manager.signals.writing, *manager.terminal]
-        self.ends_not_ours += [end for each in (*manager.generations, generation) for end in (each.news, each.alive)]
         self.children: dict[int, Child] = {}
         self.vacant_until: list[float] = []  # on the clock: when the places of workers that died may be filled
         self.up = False  # all workers have been
@@ -1173,11 +1161,8 @@ class Supervisor:
         self.leave_by = math.inf  # on the clock
 
     def live(self) -> None:
-        for file in self.not_ours:
-            file.close()
-        for descriptor in self.ends_not_ours:
-            os.close(descriptor)
-        name_process(f"daemontest gen{self.number}")
+        self.leave_behind()
+        name_process(f"daemontest gen{self.generation.number}")
         for signum in (MEANT | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
             signal.signal(signum, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
@@ -1194,18 +1179,29 @@ class Supervisor:
             handler = load_handler(self.settings)
         except Failure as why:
             self.printed.end_line()
-            if self.first:
+            if self.manager.starting:
                 log(traced("Handler Not Loaded:", why.__cause__ or why))
-            self.tell(f"failed {why}")
+            self.tell(str(why))
             os._exit(1)
         self.settle(handler)
         self.supervise()
-        if self.manager_is_gone and self.listener_is_ours:
+        if self.manager_is_gone and self.manager.listener_is_ours:
             with suppress(OSError):
                 self.listener.shutdown(socket.SHUT_RDWR)  # for a process that the module has forked may hold it open
         self.listener.close()
         end_as_python_does(1.0, [], threads=False)
         os._exit(0)
+
+    def leave_behind(self) -> None:
+        """Close what is the manager's: no process that a handler forks may keep the lock, or pass for the manager."""
+        self.manager.pid_file.lock.close()
+        if self.manager.launcher:
+            self.manager.launcher.close()
+        for descriptor in (*self.manager.terminal, self.manager.signals.reading, self.manager.signals.writing):
+            os.close(descriptor)
+        for generation in (*self.manager.generations, self.generation):
+            os.close(generation.news)
+            os.close(generation.alive)
 
     def settle(self, handler: Callable[[str], str]) -> None:
         """Undo what the handler's module may have done to this process, and prepare for the workers."""
@@ -1214,8 +1210,8 @@ class Supervisor:
         self.signals = Signals({signal.SIGTERM, LOOK}, IGNORED)
         self.board.head[Board.IMPORTED] = True  # from now on it can be told to leave
         self.printed.end_line()
-        if self.log_file:
-            LOG.take(self.log_file)
+        if self.generation.log_file:
+            LOG.take(self.generation.log_file)
         self.clock = Clock()
         self.listener.setblocking(False)
         self.workers_lifeline, self.alive = os.pipe()
@@ -1227,7 +1223,7 @@ class Supervisor:
     def tell(self, outcome: str) -> None:
         """Tell the manager how it went; it may be gone."""
         with suppress(OSError):
-            os.write(self.telling, word(outcome))
+            os.write(self.generation.telling, word(outcome))
 
     def supervise(self) -> None:
         while self.children or not self.leaving:
@@ -1280,7 +1276,7 @@ class Supervisor:
         if self.up:
             log(record("*", why))
         elif not self.leaving:
-            self.tell(f"failed {why}")
+            self.tell(why)
             self.leave()
 
     def time_to_wait(self) -> float:
@@ -1343,6 +1339,7 @@ RECEIVE_BYTES = 16384  # at once; more no longer stays in the processor's neares
 BREATH = 2**20  # bytes of one text after which the others are looked after
 TEXTS_IN_HAND = 4  # so many times the longest text may the bytes in hand be
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text; nobody else is in hand then
+LOOK_APART = 0.005  # s at least between two looks for clients that are late
 REQUEUE = 0.1  # s after which a worker that has clients in hand queues behind those that have none
 HOLD_BACK = getattr(socket, "MSG_MORE", 0)  # for the end of the reply and that of the connection to share a packet
 IN, OUT = select.POLLIN, select.POLLOUT
@@ -1355,14 +1352,13 @@ Wish = tuple[int, float, int]  # what a conversation waits for (IN, OUT), until 
 class Client:
     """A client in hand: what its conversation waits for."""
 
-    __slots__ = ("connection", "conversation", "descriptor", "due", "events", "held", "name", "until")
+    __slots__ = ("connection", "conversation", "descriptor", "events", "held", "name", "until")
 
     def __init__(self, connection: socket.SocketType, conversation: Iterator[Wish], name: str) -> None:
         self.connection, self.conversation, self.name = connection, conversation, name
         self.descriptor = connection.fileno()
         self.events = self.held = 0
         self.until = 0.0
-        self.due = math.inf  # when it is looked after at the latest, as it stands in Worker.due
 
 
 class Worker:
@@ -1391,7 +1387,7 @@ class Worker:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         reserve = max(8, min(32, limit // 4))  # descriptors, for the handler
         self.most_descriptors = math.inf if limit == resource.RLIM_INFINITY else limit - reserve
-        self.not_ours = [supervisor.telling, supervisor.lifeline, supervisor.signals.reading,
+        self.not_ours = [supervisor.generation.telling, supervisor.lifeline, supervisor.signals.reading,
                          supervisor.signals.writing, supervisor.alive]
 
     def live(self, place: memoryview[float]) -> None:
@@ -1412,8 +1408,7 @@ class Worker:
         self.clock, self.handled = Clock(), 0.0  # HANDLED: what the handler has taken since the clock's last look
         self.in_hand: dict[int, Client] = {}  # by descriptor, those longest in hand first
         self.held = 0  # bytes
-        self.due: list[tuple[float, int, Client]] = []  # a heap; what stands in it for a client may be too early
-        self.turns = itertools.count()
+        self.look_at = math.inf  # on the clock: when somebody in hand may be late
         self.queued_at = 0.0
         self.parted_at, self.parted = -math.inf, 0
 
@@ -1488,7 +1483,7 @@ class Worker:
         if not self.in_hand:
             events: list[tuple[int, int]] = self.poll(None)
         else:
-            seconds = max(0.0, min(REQUEUE, self.due[0][0] - self.clock.seconds))
+            seconds = max(0.0, min(REQUEUE, self.look_at - self.clock.seconds))
             events = self.poll(seconds)
             self.clock.go_on(seconds, self.handled)
             self.handled = 0.0
@@ -1581,9 +1576,7 @@ class Worker:
         if events != client.events:
             self.poller.modify(client.descriptor, events)
             client.events = events
-        if client.until < client.due:
-            client.due = client.until
-            heapq.heappush(self.due, (client.due, next(self.turns), client))
+        self.look_at = min(self.look_at, client.until)
         self.held += held - client.held
         client.held = held
         self.place[Board.IN_HAND] = len(self.in_hand)
@@ -1591,6 +1584,8 @@ class Worker:
             self.part_with(next(each for each in self.in_hand.values() if each.held), "too many bytes in hand")
 
     def resume(self, client: Client) -> None:
+        if self.in_hand.get(client.descriptor) is not client:
+            return  # it has been parted with meanwhile
         self.connection = client.connection
         wish = self.next_wish(client.conversation)
         if wish:
@@ -1599,19 +1594,12 @@ class Worker:
             self.let_go(client)
 
     def look_after_the_late(self) -> None:
-        while self.due and self.due[0][0] <= self.clock.seconds:
-            _, _, client = heapq.heappop(self.due)
-            client.due = math.inf
-            if client.descriptor not in self.in_hand or self.in_hand[client.descriptor] is not client:
-                continue
-            if client.until <= self.clock.seconds:
+        """Go on with those whose time is over, several at once: a look takes as long as there are clients in hand."""
+        if self.clock.seconds >= self.look_at:
+            for client in [client for client in self.in_hand.values() if client.until <= self.clock.seconds]:
                 self.resume(client)
-            else:
-                client.due = client.until
-                heapq.heappush(self.due, (client.due, next(self.turns), client))
-        if len(self.due) > 4 * len(self.in_hand) + 100:  # mostly clients that have gone
-            self.due = [entry for entry in self.due if self.in_hand.get(entry[2].descriptor) is entry[2]]
-            heapq.heapify(self.due)
+            soonest = min((client.until for client in self.in_hand.values()), default=math.inf)
+            self.look_at = max(soonest, self.clock.seconds + LOOK_APART)
 
     def let_go(self, client: Client) -> None:
         del self.in_hand[client.descriptor]

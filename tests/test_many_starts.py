@@ -43,7 +43,7 @@ def test_exactly_one_of_many_starts_wins(service: Service, same_port: bool, left
         service.port = int(won[0].split()[-1])
         assert service.port in ports
         assert won == [f"daemontest.py: {manager} started, 2 workers on port {service.port}\n"]
-        assert service.processes() == {manager, *service.workers(manager)}
+        assert service.processes() == {manager, *service.generations(manager), *service.workers(manager)}
         assert service.ask("x").endswith(" your text size: 1\n")
         stopped = service.stop()
         assert (stopped.returncode, stopped.stdout) == (0, f"daemontest.py {manager} Server terminated.\n")

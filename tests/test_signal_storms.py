@@ -16,27 +16,39 @@ def children(pid: int) -> set[int]:
     return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
-def tell_one_to_leave(workers: set[int], signum: signal.Signals = signal.SIGTERM) -> int:
-    """Send SIGNUM to one of WORKERS, unless it has just gone; how many signals were sent."""
-    if workers:
+def workers(manager: int) -> set[int]:
+    """The workers of all generations, in the same way."""
+    found = set()
+    for generation in children(manager):
         try:
-            os.kill(random.choice(sorted(workers)), signum)
+            found |= children(generation)
+        except OSError:  # it has gone meanwhile
+            continue
+    return found
+
+
+def tell_one_to_leave(candidates: set[int], signum: signal.Signals = signal.SIGTERM) -> int:
+    """Send SIGNUM to one of the CANDIDATES, unless it has just gone; how many signals were sent."""
+    if candidates:
+        try:
+            os.kill(random.choice(sorted(candidates)), signum)
         except ProcessLookupError:
             return 0
-    return len(workers) and 1
+    return len(candidates) and 1
 
 
 def test_100_hups_and_terms_to_workers_under_load_lose_no_request(service: Service) -> None:
     manager = service.start("-w", str(WORKERS), "-n", "20")
-    most = terms = 0
+    most = generations = terms = 0
     with Load(service, 4) as load:
         next_hup = time.monotonic()
         for _ in range(100):
             os.kill(manager, signal.SIGHUP)
             next_hup += 0.05
-            terms += tell_one_to_leave(children(manager))
+            terms += tell_one_to_leave(workers(manager))
             while True:  # the pause between two signals, used to count processes
-                most = max(most, len(children(manager)))
+                most = max(most, len(workers(manager)))
+                generations = max(generations, len(children(manager)))
                 if (left := next_hup - time.monotonic()) <= 0:
                     break
                 time.sleep(min(left, 0.005))
@@ -46,9 +58,11 @@ def test_100_hups_and_terms_to_workers_under_load_lose_no_request(service: Servi
     assert {reply.partition(b" ")[2] for reply in load.replies} == {b"your text size: 1\n"}
     assert terms > 50
     assert most <= 2 * WORKERS
-    wait_until(lambda: not [pid for pid in children(manager) if not is_new(service, pid)], "the last old workers to go")
+    assert generations == 2
+    wait_until(lambda: len(children(manager)) == 1, "the last old generation to go")
     wait_until(lambda: len(service.workers(manager)) == WORKERS, f"{WORKERS} workers")
-    assert service.processes() == {manager, *service.workers(manager)}
+    assert all(is_new(service, pid) for pid in service.workers(manager))
+    assert service.processes() == {manager, *children(manager), *service.workers(manager)}
     assert len(service.records("Child Process Died")) == 0
     assert len(service.records("Caught SIGHUP")) >= 20
 

@@ -11,8 +11,8 @@ from threading import Event
 import psutil
 from conftest import Gate, Service, read_all, wait_until
 
-IGNORED_BY_ALL = [signal.SIGPIPE, signal.SIGALRM]
-IGNORED_BY_WORKERS = [*IGNORED_BY_ALL, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT]
+IGNORED_BY_ALL = [signal.SIGPIPE, signal.SIGALRM, signal.SIGUSR2]
+FOR_THE_MANAGER = [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]
 
 
 def send(pid: int, signals: list[signal.Signals]) -> None:
@@ -42,21 +42,21 @@ def ask_until(done: Event, service: Service) -> list[str]:
 
 def test_hup_replaces_every_worker_and_loses_no_request(service: Service) -> None:
     manager = service.start("-w", "3", "-n", "100000")
-    generations = [service.workers()]
+    workers = [service.workers()]
     done = Event()
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(ask_until, done, service) for _ in range(4)]
         try:
             for _ in range(5):
                 os.kill(manager, signal.SIGHUP)
-                generations.append(service.wait_for_new_workers(generations[-1]))
+                workers.append(service.wait_for_new_workers(workers[-1]))
         finally:
             done.set()
         replies = [reply for client in clients for reply in client.result()]
     assert len(replies) > 20
     assert {reply.split(" ", 1)[1] for reply in replies} == {"your text size: 1\n"}
-    assert {int(reply.split()[0]) for reply in replies} <= set().union(*generations)
-    assert len(set().union(*generations)) == 18
+    assert {int(reply.split()[0]) for reply in replies} <= set().union(*workers)
+    assert len(set().union(*workers)) == 18
     assert service.manager() == manager
 
 
@@ -93,7 +93,7 @@ def test_hup_reopens_the_log(service: Service) -> None:
     assert rotated.read_text() == old
 
 
-def test_pipe_and_alrm_change_nothing(service: Service) -> None:
+def test_pipe_alrm_and_usr2_change_nothing(service: Service) -> None:
     manager = service.start("-w", "3")
     workers = service.workers()
     for _ in range(3):
@@ -101,6 +101,34 @@ def test_pipe_and_alrm_change_nothing(service: Service) -> None:
     assert int(service.ask("x").split()[0]) in workers
     assert service.workers() == workers
     assert service.manager() == manager
+
+
+def test_a_stop_sent_to_all_processes_at_once_is_a_stop(service: Service) -> None:
+    """As `pkill -f daemontest.py` sends it."""
+    gate = Gate(service)
+    service.start("-w", "3", *gate.arguments)
+    with service.connect() as client:
+        client.sendall(b"x\n")
+        [busy] = gate.wait_for()
+        for pid in service.processes():
+            os.kill(pid, signal.SIGTERM)
+        gate.open()
+        assert read_all(client) == b"%d let through\n" % busy
+    wait_until(lambda: not service.processes(), "the stop")
+    assert not service.pid_file.exists()
+    assert service.records()[-1]["message"] == "Server Terminated."
+
+
+# ---- Generation ---------------------------------------------------------------------
+
+
+def test_a_generation_ignores_what_is_for_the_manager(service: Service) -> None:
+    manager = service.start("-w", "2")
+    [generation], workers = service.generations(), service.workers()
+    for _ in range(2):
+        send(generation, IGNORED_BY_ALL + FOR_THE_MANAGER)
+    assert int(service.ask("x").split()[0]) in workers
+    assert (service.manager(), service.generations(), service.workers()) == (manager, {generation}, workers)
 
 
 # ---- Workers ------------------------------------------------------------------------
@@ -114,7 +142,7 @@ def test_workers_ignore_what_is_for_the_manager_even_with_a_request_in_hand(serv
         client.sendall(b"x\n")
         [busy] = gate.wait_for()
         for worker in workers:
-            send(worker, IGNORED_BY_WORKERS)
+            send(worker, IGNORED_BY_ALL + FOR_THE_MANAGER)
         gate.open()
         assert read_all(client) == b"%d let through\n" % busy
     assert service.workers() == workers
