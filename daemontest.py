@@ -841,7 +841,7 @@ class Manager:
         while self.generations or not self.stopping:
             self.fork_missing_generation()
             self.tell_when_ready()
-            seconds = self.time_to_wait()
+            seconds = 0.0 if signals and not self.starting else self.time_to_wait()
 
             signals += self.signals.wait(seconds, *self.talking())
 
