@@ -775,7 +775,7 @@ class Generation:
         """The workers that outlive it, with their places.  They lead groups in our session, as no recycled PID does."""
         found = {}
         for place in self.board.places:
-            if place[Board.STATE] in (Board.STARTING, Board.SERVING, Board.LEAVING):
+            if place[Board.STATE] != Board.VACANT:
                 pid = int(place[Board.PID])
                 with suppress(ProcessLookupError):
                     if os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0):
@@ -1137,7 +1137,8 @@ class Child:
     """What a generation knows of one of its workers."""
 
     called = 0.0  # as it stood on the board at the last look
-    kill_at = math.inf  # on the generation's clock, when its handler will have run too long
+    kill_at = math.inf  # on the generation's clock: when its handler will have run too long,
+    end_by = math.inf  # and when it must have ended, if it is doing so
     killed_for = ""
 
     def __init__(self, place: memoryview[float]) -> None:
@@ -1189,7 +1190,9 @@ class Supervisor:
             with suppress(OSError):
                 self.listener.shutdown(socket.SHUT_RDWR)  # for a process that the module has forked may hold it open
         self.listener.close()
-        end_as_python_does(1.0, [], threads=False)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 1.0)  # no longer should what the module has left behind keep it
+        end_as_python_does([], threads=False)
         os._exit(0)
 
     def leave_behind(self) -> None:
@@ -1283,8 +1286,8 @@ class Supervisor:
         """Until something is due, but never so long that a suspension could pass for a handler's time."""
         if self.vacant_until or self.leaving or not self.up:
             return TICK
-        soonest = min((child.kill_at for child in self.children.values()), default=math.inf) - self.clock.seconds
-        return max(0.0, min(soonest, self.settings.handler_timeout / 8, 5.0))
+        soonest = min((min(child.kill_at, child.end_by) for child in self.children.values()), default=math.inf)
+        return max(0.0, min(soonest - self.clock.seconds, self.settings.handler_timeout / 8, 5.0))
 
     def kill_the_overdue(self) -> None:
         limit = self.settings.handler_timeout
@@ -1294,8 +1297,11 @@ class Supervisor:
                 child.called = called
                 before = min(time.monotonic() - called, limit / 8)  # that long may it have run unseen
                 child.kill_at = self.clock.seconds + limit - before if called else math.inf
-            if not child.killed_for and self.clock.seconds >= min(child.kill_at, self.leave_by):
-                late = self.clock.seconds >= self.leave_by
+            if child.place[Board.STATE] == Board.ENDED:
+                child.end_by = min(child.end_by, self.clock.seconds + self.settings.grace)
+            end_by = min(child.end_by, self.leave_by)
+            if not child.killed_for and self.clock.seconds >= min(child.kill_at, end_by):
+                late = self.clock.seconds >= end_by
                 child.killed_for = ": not done within the grace" if late else f": handler ran longer than {limit:g} s"
                 os.kill(pid, signal.SIGKILL)
 
@@ -1315,9 +1321,7 @@ class Supervisor:
         if state == Board.ENDED and not status:
             return
         kill_group(pid)  # what its handler has forked would keep clients waiting, and pools wait for ever
-        late = state == Board.ENDED and status == signal.SIGALRM
-        cause = "unknown" if status is None else cause_of_death(status)
-        cause += ": not done within the grace" if late else child.killed_for
+        cause = ("unknown" if status is None else cause_of_death(status)) + child.killed_for
         log(record("*", f"Child Process Died. ({cause})", pid))
         if state in (Board.STARTING, Board.SERVING):
             self.vacant_until.append(self.clock.seconds + RESPAWN_DELAY)
@@ -1382,7 +1386,7 @@ class Worker:
         self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.max_text, self.requests_left = self.settings.max_text, self.settings.max_requests
         self.foreign = handler is not text_length  # so it may fork, print, change directory, keep files open ...
-        self.files = open_files() if self.foreign else []
+        self.files = buffered_files() if self.foreign else []
         self.home = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         reserve = max(8, min(32, limit // 4))  # descriptors, for the handler
@@ -1434,7 +1438,9 @@ class Worker:
             + record("*", f"Child Process Ended. ({max(0, self.requests_left)})"))
         place[Board.STATE] = Board.ENDED
         if self.foreign:
-            end_as_python_does(self.settings.grace, self.files)
+            self.call_generation()  # which sees to it that this is done within the grace
+            end_as_python_does(self.files)
+            self.printed.end_line()
         os._exit(0)
 
     def catch(self, *_: object) -> None:
@@ -1542,7 +1548,6 @@ class Worker:
             if not self.told_to_leave and self.board.count(Board.LEAVING, Board.ENDED) > allowed:
                 self.place[Board.STATE] = Board.SERVING
                 return
-        if self.in_hand or self.foreign:  # otherwise its end will do that in a moment
             self.call_generation()
         self.serving = False
         self.poller.unregister(self.listener)  # closing it is not enough while others hold it open
@@ -1800,10 +1805,10 @@ def readable(file: int | socket.SocketType, seconds: float) -> bool:
 # ---- The end of a process that has run a handler ------------------------------------
 
 
-def open_files() -> list[weakref.ref[Any]]:
-    """The files that are open, or may be."""
+def buffered_files() -> list[weakref.ref[Any]]:
+    """The files that may have to be written yet: those with buffers of any kind."""
     objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, io.IOBase)}
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
     return [weakref.ref(each) for each in objects if type(each) in kinds]
 
 
@@ -1815,19 +1820,17 @@ def disown() -> None:
         finalizer.atexit = False
 
 
-def end_as_python_does(seconds: float, files: list[weakref.ref[Any]], threads: bool = True) -> None:
-    """Join threads and shut down pools, call what is registered with atexit, write and close files; within SECONDS.
+def end_as_python_does(files: list[weakref.ref[Any]], threads: bool = True) -> None:
+    """Join THREADS and shut down pools, call what is registered with atexit, write and close FILES and newer ones.
 
-    What the interpreter does at its end, but for taking apart all modules: that would copy every page that the
-    worker shares.  multiprocessing ends its processes by the same two private functions.
+    That is what the interpreter does at its end, but for taking apart all modules, which would copy every page that
+    this process shares.  multiprocessing ends its processes by the same two private functions.
     """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     if threads and "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
-    left = [file for file in (*(found() for found in files), *(found() for found in open_files())) if file is not None]
-    # From the outer layers to the inner: text, compressed and the like, bytes.
+    left = [file for found in (*files, *buffered_files()) if (file := found()) is not None]
+    # The outer layers before the inner: text, then what is compressed and the like, then bytes.
     for file in sorted(left, key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io")):
         try:
             file.close()

@@ -1,10 +1,11 @@
-"""A manager killed with SIGKILL: its workers finish the request in hand and go; nothing hinders the next start."""
+"""A manager killed with SIGKILL: its generations stop as at TERM; nothing hinders the next start."""
 
 import os
 import signal
 import socket
 import time
 
+import psutil
 import pytest
 from conftest import Gate, Load, Service, alive, read_all, wait_until
 
@@ -29,9 +30,10 @@ def assert_not_running(service: Service) -> None:
 def test_idle_workers_go_at_once_and_the_next_start_succeeds(service: Service) -> None:
     for _ in range(TIMES):
         manager = service.start("-w", "3")
-        workers = service.workers(manager)
+        processes = service.generations(manager) | service.workers(manager)
+        assert len(processes) == 4
         kill(manager)
-        wait_for_end(workers)
+        wait_for_end(processes)
         assert service.pid_file.read_text() == f"{manager}\n"
         assert_not_running(service)
     service.start()
@@ -51,7 +53,7 @@ def test_the_request_in_hand_is_still_answered(service: Service) -> None:
         assert alive(busy)
         gate.open()
         assert read_all(client) == b"%d let through\n" % busy
-    wait_for_end({busy})
+    wait_until(lambda: not service.processes(), "the generation to go", 1.0)
     service.start()
 
 
@@ -82,6 +84,70 @@ def test_under_load_every_request_in_hand_is_answered_and_the_workers_go(service
         assert {reply.partition(b" ")[2] for reply in load.replies} == {b"your text size: 1\n"}
         begun, ended = (service.records(f"Client Query Processing {word}") for word in ("Started", "Ended"))
         assert len(begun) == len(ended) >= len(load.replies) * (attempt == 0)
+
+
+HANGS = """
+import os
+
+def handle(text):
+    if text == "hang":
+        with open("{HOME}/hung", "w") as file:
+            file.write(str(os.getpid()))
+        sum(range(10**12))  # in C, where no signal is looked after
+    return text
+"""
+
+
+@pytest.mark.parametrize(("limit", "cause"), [("--handler-timeout", "handler ran longer than 0.8 s"),
+                                              ("--grace", "not done within the grace")])
+def test_a_hung_worker_is_killed_in_time_and_the_next_start_succeeds(service: Service, limit: str, cause: str) -> None:
+    service.expected.append(r"Child Process Died\. \(SIGKILL: ")
+    service.write_handler(HANGS.replace("{HOME}", str(service.home)))
+    arguments = ("-w", "3", "--handler", "service:handle")
+    manager = service.start(*arguments, limit, "0.8")
+    workers = service.workers(manager)
+    hung_file = service.home / "hung"
+    with service.connect() as client:
+        client.sendall(b"hang")
+        client.shutdown(socket.SHUT_WR)
+        hung = int(wait_until(lambda: hung_file.exists() and hung_file.read_text(), "the handler to hang"))
+        began = time.monotonic()
+        kill(manager)
+        wait_for_end(workers - {hung})
+        assert_not_running(service)
+        wait_until(lambda: not service.processes(), "the hung worker to be killed", 5)
+        assert time.monotonic() - began > 0.7
+    [died] = service.records("Child Process Died")
+    assert (int(died["pid"]), died["message"]) == (hung, f"Child Process Died. (SIGKILL: {cause})")
+    service.start(*arguments)
+    assert service.ask("x").endswith(" x\n")
+
+
+def test_two_generations_stop_if_it_is_killed_during_a_reload(service: Service) -> None:
+    gate = Gate(service)
+    manager = service.start("-w", "2", *gate.arguments)
+    old = service.workers(manager)
+    with service.connect() as client, service.connect() as another:
+        client.sendall(b"x\n")
+        [busy] = gate.wait_for()
+        os.kill(manager, signal.SIGHUP)
+        wait_until(lambda: service.workers() & old == {busy}, "the idle worker to leave")
+        wait_until(lambda: len(service.workers() - old) == 2, "the next generation")
+        another.sendall(b"x\n")
+        [_, busy_too] = gate.wait_for(2)
+        processes = service.generations() | service.workers()
+        kill(manager)
+        wait_for_end(processes - service_of(busy, busy_too))
+        gate.open()
+        assert read_all(client) == b"%d let through\n" % busy
+        assert read_all(another) == b"%d let through\n" % busy_too
+    wait_until(lambda: not service.processes(), "all to go", 1.0)
+    service.start("-w", "1")
+
+
+def service_of(*workers: int) -> set[int]:
+    """WORKERS and their generations."""
+    return {*workers, *(psutil.Process(worker).ppid() for worker in workers)}
 
 
 @pytest.mark.parametrize("clients", [0, 3])

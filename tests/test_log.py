@@ -23,14 +23,14 @@ def logged_texts(service: Service) -> list[list[str]]:
 
 def test_the_life_of_a_service_in_the_words_of_the_original(service: Service) -> None:
     manager = service.start("-w", "1", "-n", "5")
-    [worker] = service.workers()
+    [generation], [worker] = service.generations(), service.workers()
     service.ask("how long?\n")
     service.stop()
     assert [(match["kind"], int(match["pid"]), match["message"]) for match in service.records()] == [
         ("*", manager, "Daemon Server Started. Prefork Workers: 1."),
         ("*", manager, "Max Requests per Child: 5"),
         ("*", manager, f"Manager Process ID: {manager}"),
-        ("*", manager, "Loading configuration."),
+        ("*", generation, "Loading configuration."),
         ("*", worker, "Child Process Started."),
         ("-", worker, "Client Query Processing Started."),
         ("-", worker, "Client: 127.0.0.1; Received Text:"),

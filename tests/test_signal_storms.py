@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from conftest import Load, Service, wait_until
@@ -12,19 +13,21 @@ WORKERS = 5
 
 
 def children(pid: int) -> set[int]:
-    """The living and the not yet reaped children of PID; quick, so that many samples can be taken."""
-    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    """The living and the not yet reaped children of PID, if it lives; quick, so that many samples can be taken."""
+    try:
+        return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    except OSError:
+        return set()
 
 
 def workers(manager: int) -> set[int]:
     """The workers of all generations, in the same way."""
-    found = set()
-    for generation in children(manager):
-        try:
-            found |= children(generation)
-        except OSError:  # it has gone meanwhile
-            continue
-    return found
+    return set().union(*map(children, children(manager)))
+
+
+def at_one_time(look: Callable[[], set[int]]) -> int:
+    """How many processes there were at one moment: a look takes time, but who is seen by two was there between them."""
+    return len(look() & look())
 
 
 def tell_one_to_leave(candidates: set[int], signum: signal.Signals = signal.SIGTERM) -> int:
@@ -47,8 +50,8 @@ def test_100_hups_and_terms_to_workers_under_load_lose_no_request(service: Servi
             next_hup += 0.05
             terms += tell_one_to_leave(workers(manager))
             while True:  # the pause between two signals, used to count processes
-                most = max(most, len(workers(manager)))
-                generations = max(generations, len(children(manager)))
+                most = max(most, at_one_time(lambda: workers(manager)))
+                generations = max(generations, at_one_time(lambda: children(manager)))
                 if (left := next_hup - time.monotonic()) <= 0:
                     break
                 time.sleep(min(left, 0.005))

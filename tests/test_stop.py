@@ -16,15 +16,15 @@ def test_stop_waits_for_the_request_in_hand(service: Service) -> None:
     with service.connect() as client:
         client.sendall(b"x\n")
         [busy] = gate.wait_for()
-        stop = subprocess.Popen([sys.executable, str(DAEMON), "-t"], env=service.env, stdout=subprocess.PIPE, text=True)
+        stop = service.popen("-t")
         wait_until(lambda: service.workers(manager) == {busy}, "the idle workers to leave")
         assert stop.poll() is None
         assert service.pid_file.exists()
         gate.open()
         assert read_all(client) == b"%d let through\n" % busy
-    output, _ = stop.communicate(timeout=50)
+    output, errors = stop.communicate(timeout=50)
     assert not service.processes()
-    assert (stop.returncode, output) == (0, f"daemontest.py {manager} Server terminated.\n")
+    assert (stop.returncode, output, errors) == (0, f"daemontest.py {manager} Server terminated.\n", "")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGQUIT])
