@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = []
+# ///
 """testclient: send standard input to daemontest as one text, and print the reply.
 
 Exit status: 0 and the reply on standard output; 1 and one line on standard error if the
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import re
 import select
@@ -113,22 +118,30 @@ def exchange(connection: socket.socket, text: bytes, deadline: float) -> bytes:
     reply = bytearray()
     lost = "connection closed"
     connection.setblocking(False)
+    poller = select.poll()  # select() takes no descriptor above 1023, and the parent may have left that many open
+    poller.register(connection, select.POLLIN | select.POLLOUT)
     while True:
         left = deadline - time.monotonic()
-        readable, writable, _ = select.select([connection], [connection] if unsent else [], [], max(0.0, left))
+        ready = poller.poll(math.ceil(max(0.0, left) * 1000))
         if left <= 0:
             raise TimeoutError
-        if writable:
+        if ready and unsent:
             try:
                 unsent = unsent[connection.send(unsent):]
                 if not unsent:
                     connection.shutdown(socket.SHUT_WR)
+            except BlockingIOError:
+                pass
             except OSError as why:
                 lost = why.strerror or lost
                 unsent = unsent[:0]  # the service may have refused the text, and said so
-        if readable:
+            if not unsent:
+                poller.modify(connection, select.POLLIN)
+        if ready:
             try:
                 piece = connection.recv(65536)
+            except BlockingIOError:
+                continue
             except OSError as why:
                 lost = why.strerror or lost
                 break

@@ -143,6 +143,69 @@ def test_none_of_it_reaches_the_handler(service: Service) -> None:
         daemon.communicate(timeout=50)
 
 
+# ---- What it says that it is doing ------------------------------------------------------
+
+TIME = r"\d\d:\d\d:\d\d"
+
+
+def test_its_status_says_what_it_is_doing_at_each_step(service: Service) -> None:
+    service.expected.append("Nothing Changed: ")
+    with notify_socket(service) as notified:
+        daemon = service.foreground("--log-file", service.log_file)
+
+        def reload(text: str) -> list[str]:
+            path.write_text(text)
+            os.kill(daemon.pid, signal.SIGHUP)
+            steps = [notified.next(), notified.next()]
+            assert ["RELOADING" in steps[0], "READY" in steps[1]] == [True, True]
+            return [step["STATUS"] for step in steps]
+
+        path = service.home / "daemontest.toml"
+        assert re.fullmatch(f"5 workers, generation 1 since {TIME}", notified.next()["STATUS"])
+
+        loading, serving = reload("workers = 2")
+        assert loading == "loading generation 2"
+        assert re.fullmatch(f"2 workers, generation 2 since {TIME}", serving)
+
+        loading, failed = reload("workers = 0")
+        assert loading == "loading generation 3"
+        assert re.fullmatch(f"{re.escape(serving)}; generation 3 failed: bad configuration {path}: workers: .*", failed)
+
+        service.write_handler("raise RuntimeError('no good\\nSTOPPING=1')")
+        _, failed = reload("workers = 2\nhandler = 'service:handle'")
+        assert failed.startswith(f"{serving}; generation ")
+        assert failed.endswith(r" failed: cannot load handler service:handle: RuntimeError: no good\nSTOPPING=1")
+
+        _, serving = reload("workers = 3")
+        assert re.fullmatch(rf"3 workers, generation \d since {TIME}", serving)  # what failed is history now
+
+        os.kill(daemon.pid, signal.SIGTERM)
+        stopping = notified.next()
+        assert (stopping["STOPPING"], stopping["STATUS"]) == ("1", "stopping")
+        daemon.communicate(timeout=50)
+
+
+def test_its_status_tells_of_a_generation_that_died_and_of_its_successors(service: Service) -> None:
+    service.expected += [r"Generation Died\.", "Generation Failed: "]
+    good = "def handle(text):\n    return 'good'"
+    service.write_handler(good)
+    with notify_socket(service) as notified:
+        daemon = service.foreground("--log-file", service.log_file, "--handler", "service:handle", "-w", "2")
+        assert notified.next()["STATUS"].startswith("2 workers, generation 1 since ")
+        generation, = service.generations(daemon.pid)
+        service.write_handler("raise RuntimeError('no good')")
+        os.kill(generation, signal.SIGKILL)
+        assert notified.next() == {"STATUS": "generation 1 died: SIGKILL"}
+        failed = {"STATUS": "generation 2 failed: cannot load handler service:handle: RuntimeError: no good"}
+        wait_until(lambda: notified.next() == failed, "the next generation to fail")
+        service.write_handler(good)
+        wait_until(lambda: re.fullmatch(rf"2 workers, generation \d since {TIME}", notified.next()["STATUS"]),
+                   "one that serves")
+        assert service.ask("x").endswith(" good\n")
+        os.kill(daemon.pid, signal.SIGTERM)
+        daemon.communicate(timeout=50)
+
+
 # ---- The listening socket -----------------------------------------------------------------
 
 
