@@ -1377,6 +1377,18 @@ class Worker:
     in hand registers it anew, behind the others, and takes new clients only when the kernel names the listener.
     """
 
+    serving = True  # accepts clients
+    told_to_leave = False
+    caught = False  # SIGTERM
+    stopping = False  # the service stops, so clients that have not sent a byte are let go
+    in_fork = False  # this is a process that the handler has forked
+    connection: socket.SocketType | None = None  # the one whose conversation goes on
+    held = 0  # bytes, by all clients in hand
+    look_at = math.inf  # on the clock: when somebody in hand may be late
+    handled = 0.0  # s that the handler has taken since the clock was last read
+    queued_at = 0.0  # on the clock: when the listener was registered
+    parted_at, parted = -math.inf, 0  # when a client parted with was last recorded, and how many have been since
+
     def __init__(self, supervisor: Supervisor, handler: Callable[[str], str]) -> None:
         """In the generation: what all its workers have in common."""
         self.generation, self.generation_pid = supervisor, os.getpid()
@@ -1401,21 +1413,12 @@ class Worker:
         place[Board.PID] = self.pid
         name_process("daemontest work")
         signal.signal(LOOK, signal.SIG_DFL)
-        self.serving, self.stopping, self.told_to_leave, self.caught = True, False, False, False
         self.signals = Signals([signal.SIGTERM], [], self.catch)
-        self.connection: socket.SocketType | None = None  # the one whose conversation goes on
-        self.in_fork = False  # of the handler's
         if self.foreign:
             disown()
             os.register_at_fork(after_in_child=self.let_fork_go)
-
-        self.clock, self.handled = Clock(), 0.0  # HANDLED: what the handler has taken since the clock's last look
+        self.clock = Clock()
         self.in_hand: dict[int, Client] = {}  # by descriptor, those longest in hand first
-        self.held = 0  # bytes
-        self.look_at = math.inf  # on the clock: when somebody in hand may be late
-        self.queued_at = 0.0
-        self.parted_at, self.parted = -math.inf, 0
-
         if hasattr(select, "epoll"):
             poller: Any = select.epoll()
             self.poll = poller.poll
@@ -1426,8 +1429,7 @@ class Worker:
         poller.register(self.listener, IN | EXCLUSIVE)
         poller.register(self.signals.reading, IN)
         poller.register(self.lifeline, IN)  # ends the wait when the generation is gone
-        self.own_descriptors = os.dup(self.home)
-        os.close(self.own_descriptors)
+        self.own_descriptors = self.lowest_free_descriptor()
         log(record("*", "Child Process Started."))
         place[Board.STATE] = Board.SERVING
         if not self.generation.up:
@@ -1514,8 +1516,12 @@ class Worker:
         except (BlockingIOError, ConnectionAbortedError):
             return False
         except OSError as why:
-            self.part_with_one(why)
-            return False
+            if why.errno in FULL and self.in_hand:
+                self.part_with(next(iter(self.in_hand.values())), "too many clients in hand")
+            elif why.errno in FULL:
+                log(record("*", f"Cannot Accept: {why.strerror}"))
+                time.sleep(0.5)
+            return False  # otherwise it is a fault of that connection (accept(2), "Error handling")
         # _accept() and SocketType are worth a tenth: accept() converts two enumerations, and asks the kernel for the
         # address a second time.
         connection = socket.SocketType(*self.kind, descriptor)
@@ -1566,8 +1572,7 @@ class Worker:
 
     def take_in_hand(self, client: Client, wish: Wish) -> None:
         if not self.in_hand:
-            self.clock.go_on(0.0, math.inf)  # nobody has been waiting until now
-            self.handled = 0.0
+            self.clock.before, self.handled = time.monotonic(), 0.0  # nobody has been waiting until now
         self.in_hand[client.descriptor] = client
         self.poller.register(client.descriptor, wish[0])
         client.events = wish[0]
@@ -1613,16 +1618,6 @@ class Worker:
         client.conversation = iter(())  # a finished generator would keep its reply
         self.held -= client.held
         self.place[Board.IN_HAND] = len(self.in_hand)
-
-    def part_with_one(self, why: OSError) -> None:
-        """Make room for clients to come, when accept(2) has failed."""
-        if why.errno not in FULL:
-            return  # a fault of that connection (accept(2), "Error handling")
-        if self.in_hand:
-            self.part_with(next(iter(self.in_hand.values())), "too many clients in hand")
-        else:
-            log(record("*", f"Cannot Accept: {why.strerror}"))
-            time.sleep(1.0)
 
     def part_with(self, client: Client, why: str) -> None:
         """Let a client go without a reply, and say so in the log, not more than once a second."""
@@ -1686,6 +1681,7 @@ class Worker:
             log(records)
             records = ""
             reply = self.handle(whole)
+            whole = ""
         except (Refused, UnicodeDecodeError, MemoryError) as why:
             text, whole = bytearray(), ""  # which may be large
             reason = (f"text is not UTF-8 at byte offset {why.start}" if isinstance(why, UnicodeDecodeError) else
@@ -1755,14 +1751,18 @@ class Worker:
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.fchdir(self.home)
         self.printed.end_line()
-        try:
-            lowest = os.dup(self.home)  # the lowest number that is free
-            os.close(lowest)
-        except OSError:
-            lowest = sys.maxsize
-        if 2 * (lowest - self.own_descriptors - len(self.in_hand)) > self.most_descriptors - self.own_descriptors:
+        kept_open = self.lowest_free_descriptor() - self.own_descriptors - len(self.in_hand)
+        if 2 * kept_open > self.most_descriptors - self.own_descriptors and not self.told_to_leave:
             log(record("*", "Handler Keeps Descriptors Open."))
             self.told_to_leave = True
+
+    def lowest_free_descriptor(self) -> int:
+        try:
+            descriptor = os.dup(self.home)
+            os.close(descriptor)
+            return descriptor
+        except OSError:
+            return sys.maxsize
 
 
 class Refused(Exception):

@@ -136,7 +136,8 @@ def test_a_handler_in_the_c_locale_prints_and_answers_any_character(service: Ser
     service.write_handler("def handle(text):\n    print(text)\n    return 'ほ' + text\n")
     service.start("-w", "1", "--handler", "service:handle")
     assert service.ask("あ😀").endswith(" ほあ😀\n")
-    assert service.log_file.read_text("utf-8").count("\n    あ😀\n") == 2
+    log = service.log_file.read_text("utf-8")
+    assert log.count("\n    あ😀\n") == log.count("\nあ😀\n") == 1
 
 
 def test_it_lives_with_the_highest_descriptor_limit(service: Service) -> None:
@@ -216,7 +217,7 @@ def test_it_lives_when_ipv6_is_switched_off(service: Service) -> None:
 
 def test_names_that_the_c_locale_cannot_have_are_refused_in_one_line_and_stop_nothing(service: Service) -> None:
     service.env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    service.expected += ["Nothing Changed", "Manager Failed: cannot load handler", "^    "]
+    service.expected += ["Nothing Changed", "Manager Failed: cannot load handler", "Handler Not Loaded", "^    "]
     for line in ('log_file = "日誌"', 'pid_file = "日誌"', 'handler = "日誌:handle"'):
         (service.home / "other.toml").write_text(line, "utf-8")
         done = service.run("-p", str(service.port), "-c", "other.toml")
