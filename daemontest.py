@@ -744,53 +744,6 @@ MEANT = STOPS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = signal.valid_signals() - DEADLY - JOB_CONTROL - MEANT
 
 
-class State(Enum):
-    """What the manager has made of a generation."""
-
-    LOADING = "imports its module, starts its first workers"
-    SERVING = "all its workers are up"
-    LEAVING = "has been told to leave, or is dead; its workers finish"
-    GIVEN_UP = "is not wanted any more, before it was up"
-
-
-class Generation:
-    """What the manager knows of one reading of the configuration, one import of the handler, and their workers."""
-
-    state = State.LOADING
-    pid = 0
-    dead = False  # and its workers are orphans
-    since = 0.0  # when its workers were up (time.time())
-    kill_at = math.inf  # on the manager's clock
-    silent = False  # it can say no more
-
-    def __init__(self, number: int, settings: Settings, log_file: io.FileIO | None, waiting: Sequence[str]) -> None:
-        self.number, self.settings = number, settings
-        self.log_file, self.waiting = log_file, waiting  # of a reload: the log opened anew, what waits for a restart
-        self.board = Board(settings.workers)
-        self.news, self.telling = os.pipe()  # its word on how it went
-        self.lifeline, self.alive = os.pipe()  # the manager alone holds ALIVE: end-of-file means that it is gone
-        os.set_blocking(self.news, False)
-
-    def orphans(self) -> dict[int, memoryview[float]]:
-        """The workers that outlive it, with their places.  They lead groups in our session, as no recycled PID does."""
-        found = {}
-        for place in self.board.places:
-            if place[Board.STATE] != Board.VACANT:
-                pid = int(place[Board.PID])
-                with suppress(ProcessLookupError):
-                    if os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0):
-                        found[pid] = place
-                        continue
-            place[Board.STATE] = Board.VACANT
-        return found
-
-    def close(self) -> None:
-        os.close(self.news)
-        os.close(self.alive)
-        if self.log_file:
-            self.log_file.close()
-
-
 class Manager:
     """Keeps a generation serving.  It runs nobody else's code, and so can always recover."""
 
@@ -892,7 +845,7 @@ class Manager:
             serving.board.open_up()
         with failing_to("fork a generation"):
             generation = Generation(self.born + 1, settings, log_file, waiting)
-            generation.pid = forked(Supervisor(self, generation).live)
+            generation.pid = forked(functools.partial(generation.live, self))
         self.born += 1
         self.generations.append(generation)
         os.close(generation.telling)
@@ -1145,25 +1098,69 @@ class Child:
         self.place = place
 
 
-class Supervisor:
-    """The process of a generation: imports the handler, forks the workers and keeps their number."""
+class State(Enum):
+    """What the manager has made of a generation."""
 
-    def __init__(self, manager: Manager, generation: Generation) -> None:
-        """In the manager, of which this knows the state at the fork."""
-        self.manager, self.generation = manager, generation
-        self.settings, self.board, self.lifeline = generation.settings, generation.board, generation.lifeline
-        self.listener = manager.listener
+    LOADING = "imports its module, starts its first workers"
+    SERVING = "all its workers are up"
+    LEAVING = "has been told to leave, or is dead; its workers finish"
+    GIVEN_UP = "is not wanted any more, before it was up"
+
+
+class Generation:
+    """One reading of the configuration, one import of the handler, and their workers.
+
+    The manager's part, what it knows of a generation, comes first; then the part of the generation's own process,
+    which imports the handler, forks the workers and keeps their number.
+    """
+
+    state = State.LOADING
+    pid = 0
+    dead = False  # and its workers are orphans
+    since = 0.0  # when its workers were up (time.time())
+    kill_at = math.inf  # on the manager's clock
+    silent = False  # it can say no more
+
+    def __init__(self, number: int, settings: Settings, log_file: io.FileIO | None, waiting: Sequence[str]) -> None:
+        self.number, self.settings = number, settings
+        self.log_file, self.waiting = log_file, waiting  # of a reload: the log opened anew, what waits for a restart
+        self.board = Board(settings.workers)
+        self.news, self.telling = os.pipe()  # its word on how it went
+        self.lifeline, self.alive = os.pipe()  # the manager alone holds ALIVE: end-of-file means that it is gone
+        os.set_blocking(self.news, False)
+
+    def orphans(self) -> dict[int, memoryview[float]]:
+        """The workers that outlive it, with their places.  They lead groups in our session, as no recycled PID does."""
+        found = {}
+        for place in self.board.places:
+            if place[Board.STATE] != Board.VACANT:
+                pid = int(place[Board.PID])
+                with suppress(ProcessLookupError):
+                    if os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0):
+                        found[pid] = place
+                        continue
+            place[Board.STATE] = Board.VACANT
+        return found
+
+    def close(self) -> None:
+        os.close(self.news)
+        os.close(self.alive)
+        if self.log_file:
+            self.log_file.close()
+
+    # -- its own process --
+
+    def live(self, manager: Manager) -> None:
+        self.leave_behind(manager)
         self.previous = [other.board for other in manager.generations]
+        self.listener, self.listener_is_ours = manager.listener, manager.listener_is_ours
         self.children: dict[int, Child] = {}
         self.vacant_until: list[float] = []  # on the clock: when the places of workers that died may be filled
         self.up = False  # all workers have been
         self.manager_is_gone = False
         self.leaving = False
         self.leave_by = math.inf  # on the clock
-
-    def live(self) -> None:
-        self.leave_behind()
-        name_process(f"daemontest gen{self.generation.number}")
+        name_process(f"daemontest gen{self.number}")
         for signum in (MEANT | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
             signal.signal(signum, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
@@ -1180,13 +1177,13 @@ class Supervisor:
             handler = load_handler(self.settings)
         except Failure as why:
             self.printed.end_line()
-            if self.manager.starting:
+            if manager.starting:
                 log(traced("Handler Not Loaded:", why.__cause__ or why))
             self.tell(str(why))
             os._exit(1)
         self.settle(handler)
         self.supervise()
-        if self.manager_is_gone and self.manager.listener_is_ours:
+        if self.manager_is_gone and self.listener_is_ours:
             with suppress(OSError):
                 self.listener.shutdown(socket.SHUT_RDWR)  # for a process that the module has forked may hold it open
         self.listener.close()
@@ -1195,14 +1192,14 @@ class Supervisor:
         end_as_python_does([], threads=False)
         os._exit(0)
 
-    def leave_behind(self) -> None:
+    def leave_behind(self, manager: Manager) -> None:
         """Close what is the manager's: no process that a handler forks may keep the lock, or pass for the manager."""
-        self.manager.pid_file.lock.close()
-        if self.manager.launcher:
-            self.manager.launcher.close()
-        for descriptor in (*self.manager.terminal, self.manager.signals.reading, self.manager.signals.writing):
+        manager.pid_file.lock.close()
+        if manager.launcher:
+            manager.launcher.close()
+        for descriptor in (*manager.terminal, manager.signals.reading, manager.signals.writing):
             os.close(descriptor)
-        for generation in (*self.manager.generations, self.generation):
+        for generation in (*manager.generations, self):
             os.close(generation.news)
             os.close(generation.alive)
 
@@ -1213,11 +1210,11 @@ class Supervisor:
         self.signals = Signals({signal.SIGTERM, LOOK}, IGNORED)
         self.board.head[Board.IMPORTED] = True  # from now on it can be told to leave
         self.printed.end_line()
-        if self.generation.log_file:
-            LOG.take(self.generation.log_file)
+        if self.log_file:
+            LOG.take(self.log_file)
         self.clock = Clock()
         self.listener.setblocking(False)
-        self.workers_lifeline, self.alive = os.pipe()
+        self.workers_lifeline, self.workers_alive = os.pipe()
         for board in self.previous:
             board.restrict()
         self.worker = Worker(self, handler)
@@ -1226,7 +1223,7 @@ class Supervisor:
     def tell(self, outcome: str) -> None:
         """Tell the manager how it went; it may be gone."""
         with suppress(OSError):
-            os.write(self.generation.telling, word(outcome))
+            os.write(self.telling, word(outcome))
 
     def supervise(self) -> None:
         while self.children or not self.leaving:
@@ -1389,12 +1386,12 @@ class Worker:
     queued_at = 0.0  # on the clock: when the listener was registered
     parted_at, parted = -math.inf, 0  # when a client parted with was last recorded, and how many have been since
 
-    def __init__(self, supervisor: Supervisor, handler: Callable[[str], str]) -> None:
+    def __init__(self, generation: Generation, handler: Callable[[str], str]) -> None:
         """In the generation: what all its workers have in common."""
-        self.generation, self.generation_pid = supervisor, os.getpid()
-        self.settings, self.board, self.handler = supervisor.settings, supervisor.board, handler
-        self.lifeline, self.printed = supervisor.workers_lifeline, supervisor.printed
-        self.listener = supervisor.listener
+        self.generation, self.generation_pid = generation, os.getpid()
+        self.settings, self.board, self.handler = generation.settings, generation.board, handler
+        self.lifeline, self.printed = generation.workers_lifeline, generation.printed
+        self.listener = generation.listener
         self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.max_text, self.requests_left = self.settings.max_text, self.settings.max_requests
         self.foreign = handler is not text_length  # so it may fork, print, change directory, keep files open ...
@@ -1403,8 +1400,8 @@ class Worker:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         reserve = max(8, min(32, limit // 4))  # descriptors, for the handler
         self.most_descriptors = math.inf if limit == resource.RLIM_INFINITY else limit - reserve
-        self.not_ours = [supervisor.generation.telling, supervisor.lifeline, supervisor.signals.reading,
-                         supervisor.signals.writing, supervisor.alive]
+        self.not_ours = [generation.telling, generation.lifeline, generation.workers_alive,
+                         generation.signals.reading, generation.signals.writing]
 
     def live(self, place: memoryview[float]) -> None:
         for descriptor in self.not_ours:

@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 import termios
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,8 @@ class Daemon:
     foreign: set[str] = field(default_factory=set)  # what the parent's descriptors lead to
 
     def everyone(self) -> list[int]:
-        return [self.service.manager(), *self.service.workers()]
+        """The manager, the generation and three workers."""
+        return [self.service.manager(), *self.service.generations(), *self.service.workers()]
 
 
 def stat_fields(pid: int | str) -> list[str]:
@@ -80,18 +80,19 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 def test_it_has_a_session_of_its_own_without_a_terminal(daemon: Daemon) -> None:
     assert daemon.terminal != 0
     manager = daemon.service.manager()
+    assert len(daemon.everyone()) == 5
     sessions = {os.getsid(pid) for pid in daemon.everyone()}
     assert len(sessions) == 1
     assert not sessions & {os.getsid(0), manager}  # who leads no session cannot get a terminal again
-    assert [stat_fields(pid)[4] for pid in daemon.everyone()] == ["0"] * 4
+    assert [stat_fields(pid)[4] for pid in daemon.everyone()] == ["0"] * 5
 
 
 def test_its_working_directory_is_the_root(daemon: Daemon) -> None:
-    assert [os.readlink(f"/proc/{pid}/cwd") for pid in daemon.everyone()] == ["/"] * 4
+    assert [os.readlink(f"/proc/{pid}/cwd") for pid in daemon.everyone()] == ["/"] * 5
 
 
 def test_its_umask_is_its_own(daemon: Daemon) -> None:
-    assert [status(pid)["Umask"] for pid in daemon.everyone()] == ["0027"] * 4
+    assert [status(pid)["Umask"] for pid in daemon.everyone()] == ["0027"] * 5
 
 
 def test_its_log_is_for_owner_and_group_only_and_its_pid_file_for_nobody_else_to_write(daemon: Daemon) -> None:
@@ -116,30 +117,51 @@ def listeners(pid: int) -> set[int]:
     return {connection.fd for connection in psutil.Process(pid).net_connections() if connection.status == "LISTEN"}
 
 
+READING, WRITING, OWN = {os.O_RDONLY}, {os.O_WRONLY}, {os.O_RDONLY, os.O_WRONLY}  # the ends of a pipe
+
+
+def opened_beside_the_usual(pid: int) -> tuple[dict[str, set[int]], list[str]]:
+    """What PID has open beside standard streams and listener: pipes, with the ends that it has, and all else."""
+    [listener] = listeners(pid)
+    pipes: dict[str, set[int]] = {}
+    others = []
+    for number, name in descriptors(pid).items():
+        if name.startswith("pipe:"):
+            pipes.setdefault(name, set()).add(access_mode(pid, number))
+        elif number not in (0, 1, 2, listener):
+            others.append(name)
+    return pipes, others
+
+
 def test_every_descriptor_of_the_manager_is_explained(daemon: Daemon) -> None:
-    manager = daemon.service.manager()
-    opened = descriptors(manager)
-    [listener] = listeners(manager)
-    kinds = Counter("pipe" if name.startswith("pipe:") else name
-                    for number, name in opened.items() if number not in (0, 1, 2, listener))
-    pid_file = str(daemon.service.pid_file)
-    assert kinds == {pid_file: 1, "pipe": 2}  # the pipe whose end of file tells the workers that the manager is gone
-    assert len({name for name in opened.values() if name.startswith("pipe:")}) == 1
+    manager, [generation] = daemon.service.manager(), daemon.service.generations()
+    pipes, others = opened_beside_the_usual(manager)
+    assert others == [str(daemon.service.pid_file)]
+    # By one a signal ends its wait, one tells the generation that the manager is gone, one brings its word.
+    assert sorted(pipes.values(), key=sorted) == [READING, OWN, WRITING]
+    theirs, _ = opened_beside_the_usual(generation)
+    assert {name: theirs.get(name) for name in pipes if pipes[name] != OWN} == {
+        name: WRITING if ends == READING else READING for name, ends in pipes.items() if ends != OWN}
+    assert not [name for name in pipes if pipes[name] == OWN and name in theirs]
+
+
+def test_every_descriptor_of_the_generation_is_explained(daemon: Daemon) -> None:
+    [generation] = daemon.service.generations()
+    pipes, others = opened_beside_the_usual(generation)
+    assert others in ([], ["/"])  # the working directory; not the PID file
+    # Those of the manager; one by which a signal ends its wait; one that tells the workers that the generation is gone.
+    assert sorted(pipes.values(), key=sorted) == [READING, OWN, OWN, WRITING]
 
 
 def test_every_descriptor_of_a_worker_is_explained(daemon: Daemon) -> None:
-    managers = set(descriptors(daemon.service.manager()).values())
+    [generation] = daemon.service.generations()
+    managers, generations = (set(opened_beside_the_usual(pid)[0]) for pid in (daemon.service.manager(), generation))
     for worker in daemon.service.workers():
-        opened = descriptors(worker)
-        [listener] = listeners(worker)
-        rest = {number: name for number, name in opened.items() if number not in (0, 1, 2, listener)}
-        [lifeline] = [number for number, name in rest.items() if name in managers]  # so not the PID file
-        assert rest[lifeline].startswith("pipe:")
-        assert access_mode(worker, lifeline) == os.O_RDONLY
-        own = Counter(name for number, name in rest.items() if number != lifeline)
-        # What it waits with, and the pipe by which a signal ends the wait: of its own, or they would wake others.
-        assert own.pop("anon_inode:[eventpoll]") == 1
-        [(pipe, ends)] = own.items()
-        assert (pipe[:5], ends) == ("pipe:", 2)
-        others = set().union(*(descriptors(pid).values() for pid in daemon.everyone() if pid != worker))
-        assert pipe not in others
+        pipes, others = opened_beside_the_usual(worker)
+        assert sorted({*others} - {"/"}) == ["anon_inode:[eventpoll]"]  # what it waits with; not the PID file
+        # One tells it that the generation is gone; by the other, its own, a signal ends its wait, and nobody else's.
+        assert sorted(pipes.values(), key=sorted) == [READING, OWN]
+        assert not set(pipes) & managers
+        assert [pipes[name] for name in set(pipes) & generations] == [READING]
+        rest = set().union(*(descriptors(pid).values() for pid in daemon.everyone() if pid != worker))
+        assert [pipes[name] for name in set(pipes) - rest] == [OWN]

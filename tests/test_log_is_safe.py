@@ -30,7 +30,7 @@ HIDDEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}  # the categories of what do
 
 
 def log_lines(service: Service, printed: Callable[[str], bool] = lambda line: False) -> list[str]:
-    """The lines of the log but for those PRINTED, all of which must be records or belong to one, and show all they are."""
+    """The lines of the log but for those PRINTED: all must be records or belong to one, and show all they are."""
     text = service.log_file.read_bytes().decode()
     assert text.endswith("\n")
     lines = [line for line in text.split("\n")[:-1] if not printed(line)]
@@ -67,10 +67,10 @@ def test_no_text_forges_a_record_moves_the_cursor_or_hides_text(service: Service
 
 
 def test_nothing_that_a_handler_raises_forges_a_record(service: Service) -> None:
-    service.expected += ["Handler Failed", "Traceback", "RuntimeError"]
-    service.start("-w", "1", "-n", "1000", *service.use_handler("echoes"))
+    service.expected += ["Handler Failed", "Traceback", "LookupError"]
+    service.start("-w", "1", "-n", "1000", *service.use_handler("tells_its_text"))
     for text in HOSTILE.values():
-        assert service.ask(f"raise {text}").endswith(" error: handler failed\n")
+        assert service.ask(f"lines {text}").endswith(" error: handler failed\n")
     service.stop()
     assert len(service.records("Server Terminated")) == 1
     assert len(service.records("Handler Failed")) == len(HOSTILE)
@@ -116,7 +116,7 @@ def test_records_are_never_torn_under_load(service: Service, printing: bool) -> 
     assert sorted(texts(service, "Received Text:", printed)) == sorted(sent)
     assert len(service.records("Client Query Processing Ended.")) == clients * requests
     lines = Counter(line for line in service.log.split("\n") if printed(line))
-    assert lines == (Counter("\n".join(4 * sent).split("\n")) if printing else Counter())  # the handler prints it so often
+    assert lines == Counter("\n".join(4 * sent).split("\n") if printing else ())  # the handler prints it so often
 
 
 def test_on_a_full_disk_the_service_runs_on(service: Service) -> None:

@@ -85,7 +85,7 @@ def test_a_start_that_cannot_say_that_it_succeeded_leaves_nothing_behind(service
 
 
 def test_a_start_whose_manager_is_killed_says_so_and_leaves_no_pid_file(service: Service) -> None:
-    service.write_handler("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n")
+    service.write_handler("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\ndef handle(text): return text\n")
     done = service.run("-p", str(service.port), "--handler", "service:handle")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "daemontest.py: cannot start: the manager died\n")
     assert not service.pid_file.exists()
