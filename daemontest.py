@@ -291,7 +291,6 @@ def check(file: str | None, given: dict[str, Any]) -> None:
     news, telling = os.pipe()
 
     def trial() -> None:  # in a process of its own, whose end a module cannot turn into a good outcome
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
             load_handler(settings)
         except Failure as why:
@@ -603,22 +602,12 @@ def flocked(file: io.FileIO, kind: int) -> bool:
 def forked(life: Callable[[], None]) -> int:
     """Fork a process that leads a group of its own, lives LIFE and ends; its PID.  Raises OSError.
 
-    LIFE begins with signals blocked, and must end the process itself: what comes back from it has failed.
+    LIFE must end the process itself: what comes back from it has failed.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    pid = -1
-    try:
-        pid = os.fork()
-    finally:
-        if pid:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if pid:
-        with suppress(OSError):  # the child has done it already, or has ended
-            os.setpgid(pid, pid)
+    if pid := os.fork():
         return pid
     try:
-        with suppress(OSError):
-            os.setpgid(0, 0)
+        os.setpgid(0, 0)
         life()
     except BaseException as why:
         log(traced("Process Failed:", why))
@@ -627,7 +616,7 @@ def forked(life: Callable[[], None]) -> int:
 
 
 def kill_group(pid: int) -> None:
-    """Kill process PID, if it still is, and those of its group that have outlived it."""
+    """Kill what is left of the group of process PID, which has ended, or is not to be trusted with ending."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
@@ -644,8 +633,10 @@ def cause_of_death(status: int) -> str:
 
 def name_process(name: str) -> None:
     """Have ps(1) and top(1) show NAME, of at most 15 bytes, where a process can set it so (proc(5))."""
-    with suppress(OSError), open("/proc/self/comm", "wb", 0) as comm:
-        comm.write(name.encode())
+    with suppress(OSError):
+        comm = os.open("/proc/self/comm", os.O_WRONLY)
+        os.write(comm, name.encode())
+        os.close(comm)
 
 
 class Signals:
@@ -654,18 +645,15 @@ class Signals:
     So none interrupts, and two in a row both count.
     """
 
-    def __init__(self, wanted: Iterable[int], ignored: Iterable[int],
-                 handler: Callable[..., None] = lambda *_: None) -> None:
+    def __init__(self, handlers: dict[int, Any]) -> None:
         self.reading, self.writing = os.pipe()
-        for end in (self.reading, self.writing):
-            os.set_blocking(end, False)
-        for signum in ignored:
-            signal.signal(signum, signal.SIG_IGN)
-        for signum in wanted:
-            signal.signal(signum, handler)
-            signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
+        os.set_blocking(self.reading, False)
+        os.set_blocking(self.writing, False)
         signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+            if callable(handler):
+                signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
 
     def wait(self, seconds: float | None, *files: int) -> list[int]:
         """Wait for a signal, or until FILES have something to read or end, at most SECONDS; the signals, in order."""
@@ -676,9 +664,10 @@ class Signals:
         return self.take()
 
     def take(self) -> list[int]:
-        with suppress(BlockingIOError):
+        try:
             return list(os.read(self.reading, 65536))
-        return []
+        except BlockingIOError:
+            return []
 
 
 class Clock:
@@ -771,7 +760,8 @@ class Manager:
         name_process("daemontest mngr")
         log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
             + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
-        self.signals = Signals(MEANT, MEANINGLESS)
+        self.signals = Signals(dict.fromkeys(MEANINGLESS, signal.SIG_IGN) | dict.fromkeys(MEANT, lambda *_: None))
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         gc.freeze()  # a collection would touch, and so copy, memory that all processes share
         try:
             self.loop()
@@ -845,7 +835,11 @@ class Manager:
             serving.board.open_up()
         with failing_to("fork a generation"):
             generation = Generation(self.born + 1, settings, log_file, waiting)
-            generation.pid = forked(functools.partial(generation.live, self))
+            try:
+                signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # until the child, too, has somebody to take them
+                generation.pid = forked(functools.partial(generation.live, self))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.born += 1
         self.generations.append(generation)
         os.close(generation.telling)
@@ -1207,17 +1201,19 @@ class Generation:
         """Undo what the handler's module may have done to this process, and prepare for the workers."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         fcntl.fcntl(self.lifeline, fcntl.F_SETFL, 0)
-        self.signals = Signals({signal.SIGTERM, LOOK}, IGNORED)
+        self.workers_lifeline, self.workers_alive = os.pipe()
+        self.worker = Worker(self, handler)
+        self.signals = Signals(dict.fromkeys(IGNORED, signal.SIG_IGN)
+                               | {LOOK: lambda *_: None, signal.SIGTERM: self.worker.catch})
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.board.head[Board.IMPORTED] = True  # from now on it can be told to leave
         self.printed.end_line()
         if self.log_file:
             LOG.take(self.log_file)
         self.clock = Clock()
         self.listener.setblocking(False)
-        self.workers_lifeline, self.workers_alive = os.pipe()
         for board in self.previous:
             board.restrict()
-        self.worker = Worker(self, handler)
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
     def tell(self, outcome: str) -> None:
@@ -1231,12 +1227,13 @@ class Generation:
             self.tell_when_up()
             seconds = self.time_to_wait()
 
-            signals = self.signals.wait(seconds, *([] if self.manager_is_gone else [self.lifeline]))
+            self.signals.wait(seconds, *([] if self.manager_is_gone else [self.lifeline]))
 
             self.clock.go_on(seconds)
             self.bury_the_dead()
             self.kill_the_overdue()
-            if signal.SIGTERM in signals:
+            if self.worker.caught:  # and not the bytes, since a worker just forked may have written one
+                self.worker.caught = False
                 self.leave()
             if not self.manager_is_gone and readable(self.lifeline, 0):
                 self.manager_is_gone = True
@@ -1253,12 +1250,15 @@ class Generation:
             place[:] = VACANT_PLACE
             place[Board.STATE] = Board.STARTING
             try:
+                name_process("daemontest work")  # here, where that is cheaper than in each worker
                 pid = forked(functools.partial(self.worker.live, place))
             except OSError as why:
                 place[Board.STATE] = Board.VACANT
                 self.vacant_until += [self.clock.seconds + RESPAWN_DELAY] * (missing + 1)
                 self.fail_or_log(f"cannot fork a worker: {why.strerror}")
                 return
+            finally:
+                name_process(f"daemontest gen{self.number}")
             self.children[pid] = Child(place)
 
     def there_is_room(self) -> bool:
@@ -1400,17 +1400,14 @@ class Worker:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         reserve = max(8, min(32, limit // 4))  # descriptors, for the handler
         self.most_descriptors = math.inf if limit == resource.RLIM_INFINITY else limit - reserve
-        self.not_ours = [generation.telling, generation.lifeline, generation.workers_alive,
-                         generation.signals.reading, generation.signals.writing]
 
     def live(self, place: memoryview[float]) -> None:
-        for descriptor in self.not_ours:
+        self.signals = Signals({})  # what they mean stands already
+        its = self.generation
+        for descriptor in (its.telling, its.lifeline, its.workers_alive, its.signals.reading, its.signals.writing):
             os.close(descriptor)
         self.place, self.pid = place, os.getpid()
         place[Board.PID] = self.pid
-        name_process("daemontest work")
-        signal.signal(LOOK, signal.SIG_DFL)
-        self.signals = Signals([signal.SIGTERM], [], self.catch)
         if self.foreign:
             disown()
             os.register_at_fork(after_in_child=self.let_fork_go)
@@ -1443,6 +1440,7 @@ class Worker:
         os._exit(0)
 
     def catch(self, *_: object) -> None:
+        """Note SIGTERM; in the generation, too, from which a worker has this at once."""
         self.told_to_leave = self.caught = True
 
     def let_fork_go(self) -> None:

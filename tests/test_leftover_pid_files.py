@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -50,23 +51,26 @@ def test_what_is_left_over_is_not_running_not_signalled_and_not_in_the_way(
     assert stranger.poll() is None
 
 
-@pytest.mark.parametrize("content", [b"garbage\n", b"-1\n", b"", b"%d\n", b"9" * 14 + b"\n"],
-                         ids=["garbage", "-1", "empty", "stranger", "huge"])
 def test_a_pid_file_that_a_stranger_has_locked_is_one_line_and_no_signal(
-        service: Service, stranger: subprocess.Popen[bytes], content: bytes) -> None:
-    content = content.replace(b"%d", b"-%d" % stranger.pid)
-    service.pid_file.write_bytes(content)
-    with service.pid_file.open("r+b") as file, ThreadPoolExecutor() as pool:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        commands = [("--status",), ("-t",), ("--reload",), ("-p", str(service.port))]
-        outcomes = list(pool.map(lambda command: service.run(*command, timeout=10, start_new_session=True), commands))
-        assert service.pid_file.read_bytes() == content
-    for done in outcomes:
-        assert (done.returncode in (1, 3), done.stdout) == (True, "")
-        assert re.fullmatch(r"daemontest\.py: [^\n]+\n", done.stderr), done.stderr
+        service: Service, stranger: subprocess.Popen[bytes]) -> None:
+    contents = [b"garbage\n", b"-1\n", b"", b"-%d\n" % stranger.pid, b"9" * 14 + b"\n"]
+    paths = [service.home / f"{number}.pid" for number in range(len(contents))]
+    commands = [(*action, "--pid-file", path) for path in paths
+                for action in (("--status",), ("-t",), ("--reload",), ("-p", str(service.port)))]
+    with ExitStack() as stack, ThreadPoolExecutor(len(commands)) as pool:
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+            fcntl.flock(stack.enter_context(path.open("r+b")), fcntl.LOCK_EX)
+        outcomes = list(pool.map(lambda command: service.run(*command, timeout=30, start_new_session=True), commands))
+        assert [path.read_bytes() for path in paths] == contents
+    for command, done in zip(commands, outcomes, strict=True):
+        assert (done.returncode in (1, 3), done.stdout) == (True, ""), command
+        assert re.fullmatch(r"daemontest\.py: [^\n]+\n", done.stderr), (command, done.stderr)
     assert stranger.poll() is None
     assert not service.processes()
-    service.start("-w", "1")
+    for service.pid_file in paths:
+        service.start("-w", "1", "--pid-file", service.pid_file)
+        assert service.run("-t", "--pid-file", service.pid_file).returncode == 0
 
 
 def test_a_start_that_somebody_who_asks_keeps_from_the_lock_ends_in_one_line(service: Service) -> None:
