@@ -349,14 +349,14 @@ def start(read: Callable[[], Settings], detach: bool) -> None:
         # Detach.
         if detach:
             with failing_to("start"):
-                manager, launcher = socket.socketpair()
+                manager_end, launcher_end = socket.socketpair()
                 in_launcher = os.fork()
             if in_launcher:
-                launcher.close()
-                launcher = None
-                await_outcome(manager)
+                launcher_end.close()
+                await_outcome(manager_end)
                 return
-            manager.close()
+            manager_end.close()
+            launcher = launcher_end
         with failing_to("become a daemon"):
             context = DaemonContext(
                 detach_process=detach, umask=UMASK, pidfile=pid_file, stdout=log_file, stderr=log_file, signal_map={},
@@ -575,9 +575,12 @@ def word(text: str) -> bytes:
 
 def heard(file: int) -> str | None:
     """The word that has come through FILE; nothing at the end, None if nothing has come."""
-    with suppress(BlockingIOError):
+    try:
         return os.read(file, select.PIPE_BUF).decode(errors="replace")
-    return None
+    except BlockingIOError:
+        return None
+    except ConnectionResetError:  # the other side has gone without having read all
+        return ""
 
 
 def patience() -> Iterator[None]:
@@ -619,6 +622,17 @@ def kill_group(pid: int) -> None:
     """Kill what is left of the group of process PID, which has ended, or is not to be trusted with ending."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def is_zombie(pid: int) -> bool:
+    """Whether process PID has ended and nobody has reaped it, where the system can tell.  Raises ProcessLookupError."""
+    if not hasattr(os, "pidfd_open"):
+        return False
+    process = os.pidfd_open(pid)
+    try:
+        return readable(process, 0)
+    finally:
+        os.close(process)
 
 
 def cause_of_death(status: int) -> str:
@@ -691,8 +705,9 @@ class Board:
     LIMIT, STOPPING, IMPORTED = range(3)
     # In the place of a worker; CALLED is when its handler was called (time.monotonic()), or 0:
     STATE, PID, CALLED, SERVED, IN_HAND = range(5)
-    # The STATE of a worker, whose place is VACANT before and after; ENDED is what only its own decision makes it:
-    VACANT, STARTING, SERVING, LEAVING, ENDED = range(5)
+    # The STATE of a worker, whose place is VACANT before and after.  One that has been TOLD to leave may yet accept the
+    # client that woke it; one that is LEAVING accepts no more; only its own decision makes it ENDED.
+    VACANT, STARTING, SERVING, TOLD, LEAVING, ENDED = range(6)
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -717,7 +732,7 @@ class Board:
 
     def accepting(self) -> bool:
         """Whether a worker may accept a client, all being told to leave: not one that its handler occupies."""
-        return any(place[self.STATE] in (self.STARTING, self.SERVING) and not place[self.CALLED]
+        return any(self.STARTING <= place[self.STATE] <= self.TOLD and not place[self.CALLED]
                    for place in self.places)
 
 
@@ -857,18 +872,17 @@ class Manager:
     def talking(self) -> list[int]:
         """The descriptors of those that may have something to say."""
         files = [generation.news for generation in self.in_state(State.LOADING) if not generation.silent]
-        return [*files, self.launcher.fileno()] if self.launcher else files
+        return [*files, self.launcher.fileno()] if self.launcher and not self.stopping else files
 
     def hear_launcher(self) -> None:
         """Take the launcher's word that the start has been told; its end without that word gives the start up."""
-        if not self.launcher or not readable(self.launcher, 0):
+        if not self.launcher or self.stopping or not readable(self.launcher, 0):
             return
-        with suppress(OSError):
-            if self.launcher.recv(100):
-                self.starting = False
-        self.launcher.close()
-        self.launcher = None
-        if self.starting:
+        if heard(self.launcher.fileno()):
+            self.starting = False
+            self.launcher.close()
+            self.launcher = None
+        else:
             self.failure = "cannot start: given up"
             self.stop()
 
@@ -956,6 +970,7 @@ class Manager:
     def bury(self, generation: Generation, status: int) -> None:
         self.hear_generations()  # its last words
         was, generation.state, generation.dead = generation.state, State.LEAVING, True
+        generation.board.head[Board.LIMIT] = 0
         generation.kill_at = min(generation.kill_at, self.clock.seconds + generation.settings.grace)
         if status:
             kill_group(generation.pid)  # what its module has started
@@ -1071,7 +1086,7 @@ def load_handler(settings: Settings) -> Callable[[str], str]:
     except BaseException as why:  # SystemExit, too
         reason = type(why).__name__
         with suppress(BaseException):  # an exception of the module's own may fail to say what it is
-            reason += f": {why}"
+            reason += f": {why}" if str(why) else ""
         raise Failure(not_loaded(settings, reason)) from why
     return handler
 
@@ -1130,7 +1145,7 @@ class Generation:
             if place[Board.STATE] != Board.VACANT:
                 pid = int(place[Board.PID])
                 with suppress(ProcessLookupError):
-                    if os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0):
+                    if os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0) and not is_zombie(pid):
                         found[pid] = place
                         continue
             place[Board.STATE] = Board.VACANT
@@ -1263,12 +1278,12 @@ class Generation:
 
     def there_is_room(self) -> bool:
         """Whether one more worker keeps to the limit: in all generations there are never more than twice the number."""
-        others = sum(board.living() for board in self.previous)
+        others = sum(max(board.living(), board.head[Board.LIMIT]) for board in self.previous)
         most = 2 * max(board.workers for board in (self.board, *self.previous))
         return len(self.children) < self.board.head[Board.LIMIT] and len(self.children) + others < most
 
     def tell_when_up(self) -> None:
-        if not self.up and self.board.count(Board.SERVING, Board.LEAVING) >= self.settings.workers:
+        if not self.up and self.board.count(Board.SERVING, Board.TOLD, Board.LEAVING) >= self.settings.workers:
             self.up = True
             self.tell("up")
 
@@ -1328,6 +1343,7 @@ class Generation:
     def leave(self) -> None:
         """Have every worker leave within the grace; at a stop also those that have been told before."""
         self.leaving = True
+        self.board.head[Board.LIMIT] = 0
         self.leave_by = min(self.leave_by, self.clock.seconds + self.settings.grace)
         for pid in self.children:
             os.kill(pid, signal.SIGTERM)
@@ -1341,6 +1357,7 @@ BREATH = 2**20  # bytes of one text after which the others are looked after
 TEXTS_IN_HAND = 4  # so many times the longest text may the bytes in hand be
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text; nobody else is in hand then
 LOOK_APART = 0.005  # s at least between two looks for clients that are late
+WAYS = 10  # moments for which a new client is left to a worker that has none in hand
 REQUEUE = 0.1  # s after which a worker that has clients in hand queues behind those that have none
 HOLD_BACK = getattr(socket, "MSG_MORE", 0)  # for the end of the reply and that of the connection to share a packet
 IN, OUT = select.POLLIN, select.POLLOUT
@@ -1379,10 +1396,13 @@ class Worker:
     caught = False  # SIGTERM
     stopping = False  # the service stops, so clients that have not sent a byte are let go
     in_fork = False  # this is a process that the handler has forked
+    place: memoryview[float] = memoryview(b"").cast("d")  # on the board; none in the generation
     connection: socket.SocketType | None = None  # the one whose conversation goes on
     held = 0  # bytes, by all clients in hand
+    most_clients = sys.maxsize  # in hand
     look_at = math.inf  # on the clock: when somebody in hand may be late
     handled = 0.0  # s that the handler has taken since the clock was last read
+    gave_way = 0  # times in a row
     queued_at = 0.0  # on the clock: when the listener was registered
     parted_at, parted = -math.inf, 0  # when a client parted with was last recorded, and how many have been since
 
@@ -1397,9 +1417,6 @@ class Worker:
         self.foreign = handler is not text_length  # so it may fork, print, change directory, keep files open ...
         self.files = buffered_files() if self.foreign else []
         self.home = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        reserve = max(8, min(32, limit // 4))  # descriptors, for the handler
-        self.most_descriptors = math.inf if limit == resource.RLIM_INFINITY else limit - reserve
 
     def live(self, place: memoryview[float]) -> None:
         self.signals = Signals({})  # what they mean stands already
@@ -1424,6 +1441,10 @@ class Worker:
         poller.register(self.signals.reading, IN)
         poller.register(self.lifeline, IN)  # ends the wait when the generation is gone
         self.own_descriptors = self.lowest_free_descriptor()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if limit != resource.RLIM_INFINITY:
+            reserve = max(8, min(32, limit // 4))  # for the handler
+            self.most_clients = max(1, limit - reserve - self.own_descriptors)
         log(record("*", "Child Process Started."))
         place[Board.STATE] = Board.SERVING
         if not self.generation.up:
@@ -1442,6 +1463,9 @@ class Worker:
     def catch(self, *_: object) -> None:
         """Note SIGTERM; in the generation, too, from which a worker has this at once."""
         self.told_to_leave = self.caught = True
+        if self.place and self.place[Board.STATE] == Board.SERVING:
+            self.place[Board.STATE] = Board.TOLD  # so its successor need not wait until the handler returns
+            self.call_generation()
 
     def let_fork_go(self) -> None:
         """In a process that the handler has forked: it keeps neither clients waiting nor the port, and ends at TERM."""
@@ -1464,8 +1488,11 @@ class Worker:
         listener = self.listener.fileno()
         while self.serving or self.in_hand:
             # Accept, before all else what this worker was woken for.  Without clients in hand ask at once.
-            if self.serving and (named or not self.in_hand) and self.accept() and not self.in_hand:
-                continue
+            if self.serving and not self.in_hand:
+                if self.accept() and not self.in_hand:
+                    continue
+            elif self.serving and named and not self.gives_way():
+                self.accept()
             if self.told_to_leave and self.serving:
                 self.leave()
 
@@ -1504,8 +1531,6 @@ class Worker:
 
     def accept(self) -> bool:
         """Accept a client and converse with it as far as it goes.  Whether there was one."""
-        if self.in_hand and not EXCLUSIVE and self.another_is_free():
-            time.sleep(0.002)  # all are woken; give way
         try:
             descriptor, address = self.listener._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionAbortedError):
@@ -1534,9 +1559,16 @@ class Worker:
             self.leave()
         return True
 
-    def another_is_free(self) -> bool:
-        return any(place[Board.STATE] == Board.SERVING and not place[Board.CALLED] and not place[Board.IN_HAND]
-                   for place in self.board.places)
+    def gives_way(self) -> bool:
+        """Whether to leave a client, for a moment, to a worker that has none in hand, and may only not have run yet."""
+        free = (place[Board.STATE] == Board.SERVING and not place[Board.CALLED] and not place[Board.IN_HAND]
+                for place in self.board.places)
+        if not self.foreign or self.gave_way == WAYS or not any(free):
+            self.gave_way = 0
+            return False
+        self.gave_way += 1
+        time.sleep(A_MOMENT)
+        return True
 
     def leave(self) -> None:
         """Accept no more; have the generation replace this worker, which ends when those in hand are served.
@@ -1546,7 +1578,7 @@ class Worker:
         self.place[Board.STATE] = Board.LEAVING
         if self.in_hand:
             allowed = self.board.head[Board.LIMIT] - self.board.workers
-            if not self.told_to_leave and self.board.count(Board.LEAVING, Board.ENDED) > allowed:
+            if not self.told_to_leave and self.board.count(Board.TOLD, Board.LEAVING, Board.ENDED) > allowed:
                 self.place[Board.STATE] = Board.SERVING
                 return
             self.call_generation()
@@ -1573,7 +1605,7 @@ class Worker:
         client.events = wish[0]
         self.await_wish(client, wish)
         self.queue_behind()
-        if client.descriptor >= self.most_descriptors:
+        if len(self.in_hand) > self.most_clients:
             self.part_with(next(iter(self.in_hand.values())), "too many clients in hand")
 
     def await_wish(self, client: Client, wish: Wish) -> None:
@@ -1747,7 +1779,7 @@ class Worker:
         os.fchdir(self.home)
         self.printed.end_line()
         kept_open = self.lowest_free_descriptor() - self.own_descriptors - len(self.in_hand)
-        if 2 * kept_open > self.most_descriptors - self.own_descriptors and not self.told_to_leave:
+        if 2 * kept_open > self.most_clients and not self.told_to_leave:
             log(record("*", "Handler Keeps Descriptors Open."))
             self.told_to_leave = True
 

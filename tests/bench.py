@@ -2,6 +2,7 @@
 """A benchmark: daemontest beside servers of the standard library that do the same job.
 
     .venv/bin/python tests/bench.py [--rounds N] [--requests N] [--large N] [--server 'NAME=COMMAND']...
+    .venv/bin/python tests/bench.py --slow [--rounds N] [--requests N]
 
 Each server in turn is started anew, warmed up, and driven by 16 clients in processes of their own: one
 poem per connection, ended by a half-close, every reply checked.  That is repeated for some rounds, so
@@ -11,6 +12,9 @@ CPU is the user and system time of all the service's processes per request, in m
 multiple of the first row's.  Memory is their proportional set size after the load; what they share with
 the clients, such as the interpreter's code, is counted in part only.  The last column is the rate of
 texts of 1 MiB.  daemontest alone replaces its workers, after 100 requests each, and writes a log.
+
+With --slow: what slow clients take from the others, each time compared with the same service without them, and
+from those who are slow; then how long the next client of other servers waits beside stalled ones (tests/bench_slow.py).
 
 To compare a server of your own, give a command that serves on the port named in the environment
 variable PORT, stays in the foreground, and answers `PID your text size: N` and a newline.
@@ -84,7 +88,7 @@ asyncio.run(serve())
 """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Server:
     name: str
     command: Sequence[str]  # finds its port in the environment
@@ -245,6 +249,8 @@ def cpu_time(service: list[psutil.Process]) -> float:
 
 
 def main() -> None:
+    from bench_slow import print_tables  # which imports from this module
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of which the median counts (default: 5)")
@@ -253,6 +259,7 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=160, metavar="N", help="texts of 1 MiB (default: 160; 0: none)")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=COMMAND",
                         help="one more server to compare with; may be repeated")
+    parser.add_argument("--slow", action="store_true", help="measure with slow clients instead")
     parser.add_argument("--only", default="", metavar="REGEX", help="measure only the servers whose name this matches")
     options = parser.parse_args()
     own = [Server(name, shlex.split(command)) for name, _, command in (o.partition("=") for o in options.server)]
@@ -261,6 +268,9 @@ def main() -> None:
 
     context = multiprocessing.get_context("fork")
     with context.Pool(CLIENTS, share_barrier, (context.Barrier(CLIENTS),)) as clients:
+        if options.slow:
+            print_tables(clients, options.rounds, options.requests)
+            return
         for _ in range(options.rounds):
             for server in servers:
                 try:
@@ -270,15 +280,21 @@ def main() -> None:
                 rows[server.name].append(row)
                 row["CPU x"] = row["CPU us"] / rows[servers[0].name][-1]["CPU us"]
 
+    print_table(rows, COLUMNS)
+
+
+def print_table(rows: dict[str, list[dict[str, float]]], columns: dict[str, str]) -> None:
+    """For each row and column the median of all rounds; COLUMNS names them and tells their form."""
     width = max(map(len, rows))
-    print(" " * width, *COLUMNS, sep="  ")
+    print(" " * width, *columns, sep="  ")
     for name, row_of_rounds in rows.items():
         cells = []
-        for column, form in COLUMNS.items():
+        for column, form in columns.items():
             values = [row[column] for row in row_of_rounds if column in row]
             cells.append(f"{statistics.median(values) if values else math.nan:{len(column)}{form}}")
         print(f"{name:{width}}", *cells, sep="  ")
 
 
 if __name__ == "__main__":
-    main()
+    import bench  # under its own name, by which bench_slow imports from it
+    bench.main()

@@ -147,10 +147,10 @@ class Service:
     def children(self, pid: int) -> set[int]:
         """The living children of PID."""
         try:
-            children = psutil.Process(pid).children()
-        except psutil.NoSuchProcess:
+            found = {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+        except OSError:  # it has gone
             return set()
-        return {child.pid for child in children if alive(child.pid)}
+        return {child for child in found if alive(child)}
 
     def generations(self, manager: int | None = None) -> set[int]:
         """The living generations: the manager's children."""

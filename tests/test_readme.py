@@ -432,6 +432,7 @@ def test_the_kernel_counts_those_who_wait_as_shown(service: Service) -> None:
 def test_the_processes_have_the_names_shown(service: Service) -> None:
     if sys.platform != "linux":
         pytest.skip("names are Linux's own")
+    program("ps")
     shown = block("$ ps -A -o pid,ppid,comm | grep 'daemontest '").strip().split("\n")
     manager = service.start("-w", "2")
     ours = {str(pid) for pid in [manager, *service.generations(), *service.workers()]}
