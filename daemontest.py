@@ -853,12 +853,15 @@ class Manager:
             try:
                 signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # until the child, too, has somebody to take them
                 generation.pid = forked(functools.partial(generation.live, self))
+            except OSError:
+                generation.close()
+                raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                os.close(generation.telling)
+                os.close(generation.lifeline)
         self.born += 1
         self.generations.append(generation)
-        os.close(generation.telling)
-        os.close(generation.lifeline)
         log(record("*", "Loading configuration.", generation.pid))
         os.write(generation.alive, b"begin\n")  # only now that its PID is known here and its beginning recorded
 
