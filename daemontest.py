@@ -180,9 +180,9 @@ def read_settings(file: str | None, given: dict[str, Any], **defaults: Any) -> S
         values["directory"] = os.path.dirname(path)
     settings = Settings(**values | given)
     files = settings.pid_file, settings.log_file
-    if os.path.realpath(files[0]) == os.path.realpath(files[1]) or (
-            all(map(os.path.exists, files)) and os.path.samefile(*files)):
-        raise Failure(f"bad settings: pid_file and log_file are both {settings.pid_file}")
+    with suppress(OSError, ValueError):  # of names that cannot be, or are not there yet
+        if os.path.realpath(files[0]) == os.path.realpath(files[1]) or os.path.samefile(*files):
+            raise Failure(f"bad settings: pid_file and log_file are both {settings.pid_file}")
     return settings
 
 
@@ -372,7 +372,7 @@ def start(read: Callable[[], Settings], detach: bool) -> None:
         pid_file.release()  # nothing if the manager has done it
         if launcher:
             with suppress(OSError):
-                launcher.sendall(word(f"failed {why}"))
+                launcher.sendall(word(f"failed {os.getpid()} {why}"))
             os._exit(1)
         os.dup2(terminal, 2)
         raise
@@ -386,9 +386,9 @@ def await_outcome(manager: socket.socket) -> None:
     """
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
-        outcome, _, told = (heard(manager.fileno()) or "").partition(" ")
+        outcome, pid, told = outcome_of(manager)
         if outcome == "started":
-            say(f"{PROGRAM}: {told}")
+            say(f"{PROGRAM}: {pid} started, {told}")
             signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # too late to give the start up
             with suppress(OSError):  # the manager may have ended since
                 manager.sendall(word("told"))
@@ -396,15 +396,24 @@ def await_outcome(manager: socket.socket) -> None:
     except (Failure, KeyboardInterrupt):
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         manager.shutdown(socket.SHUT_WR)
-        heard(manager.fileno())  # returns when the manager has gone
+        _, pid, _ = outcome_of(manager)
+        await_end(pid)
         raise
-    heard(manager.fileno())
-    raise Failure(told if outcome == "failed" else "cannot start: the manager died")
+    await_end(pid)
+    raise Failure(told)
+
+
+def outcome_of(manager: socket.socket) -> tuple[str, int, str]:
+    """The manager's word on a start: "started" or "failed", its PID (0 if it died without a word), and what to tell."""
+    said = heard(manager.fileno()) or "failed 0 cannot start: the manager died"
+    outcome, pid, told = said.split(" ", 2)
+    return outcome, int(pid), told
 
 
 def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
     """The one listening socket, and whether it is ours or the service manager's (sd_listen_fds(3)).  Raises Failure."""
-    handed_over, for_whom, _ = (os.environ.pop(f"LISTEN_{name}", "") for name in ("FDS", "PID", "FDNAMES"))
+    names = ("FDS", "PID", "FDNAMES", "PIDFDID")  # none of which is for the handler
+    handed_over, for_whom, *_ = (os.environ.pop(f"LISTEN_{name}", "") for name in names)
     if handed_over and for_whom == str(os.getpid()):
         with suppress(OSError):
             listener = socket.socket(fileno=3)
@@ -498,17 +507,17 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Signal the manager; return its PID, with WAIT when it is gone.  Raises Failure if there is none."""
         with failing_to("signal the manager"), suppress(ProcessLookupError):  # which means that it has just ended
             while (pid := self.read_pid()) is not None:
-                process = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
+                process = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
                 if self.read_pid() != pid:
                     continue  # the descriptor, unlike a number, can mean no other process from now on
                 if not self.belongs_to_owner(pid):
                     raise OSError(f"process {pid} does not belong to the owner of {self.path}")
-                if process >= 0:
-                    signal.pidfd_send_signal(process, signum)
-                else:
+                if process is None:
                     os.kill(pid, signum)
-                while wait and self.read_pid() == pid:
-                    readable(process, 1.0) if process >= 0 else time.sleep(0.01)
+                else:
+                    signal.pidfd_send_signal(process, signum)
+                if wait:
+                    await_end(pid, process)
                 return pid
         raise Failure("not running")
 
@@ -581,6 +590,16 @@ def heard(file: int) -> str | None:
         return None
     except ConnectionResetError:  # the other side has gone without having read all
         return ""
+
+
+def await_end(pid: int, process: int | None = None) -> None:
+    """Wait until process PID, by its pidfd PROCESS where there are such (pidfd_open(2)), has ended."""
+    with suppress(ProcessLookupError):
+        if process is None and pid and hasattr(os, "pidfd_open"):
+            process = os.pidfd_open(pid)
+        while pid and (process is None or not readable(process, 60.0)):
+            os.kill(pid, 0)
+            time.sleep(0.005)
 
 
 def patience() -> Iterator[None]:
@@ -948,7 +967,7 @@ class Manager:
         if self.launcher:
             port = self.listener.getsockname()[1]
             with suppress(OSError):  # its end is noticed by hear_launcher()
-                self.launcher.sendall(word(f"started {self.pid} started, {workers} workers on port {port}"))
+                self.launcher.sendall(word(f"started {self.pid} {workers} workers on port {port}"))
         else:
             self.starting = False
 
@@ -1173,6 +1192,8 @@ class Generation:
         self.leaving = False
         self.leave_by = math.inf  # on the clock
         name_process(f"daemontest gen{self.number}")
+        for signum in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(signum, signal.SIG_IGN)  # discards the terminal's, sent before this was a group of its own
         for signum in (MEANT | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
             signal.signal(signum, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CLIENT, DAEMON, DATA, POEM, Service, free_port, read_all, serving, wait_until
-from readme import adapted, block, program
+from readme import README, adapted, block, program
 
 # ---- A session and your own service -------------------------------------------------------------------
 
@@ -76,6 +76,31 @@ def test_the_larger_service_does_what_its_session_shows(service: Service) -> Non
     assert int(worker) in service.workers(manager)
     assert told.rstrip("\n") == "\n".join(reply).partition(" ")[2]
     assert service.ask("月月月月 關x月").partition(" ")[2] == "2 lines\n月月月月 ●●●● irregular\n關x月 ○?● regular\n"
+
+
+# ---- The reference ------------------------------------------------------------------------
+
+
+def test_the_table_of_settings_says_what_help_says(service: Service) -> None:
+    told = service.run("--help", env={**service.env, "COLUMNS": "500"}).stdout
+    rows = re.findall(r"^\| .*`(--[a-z-]+ [A-Z:]+)` \| (.*?) \|", README.read_text(), re.MULTILINE)
+    assert len(rows) == 12
+    for name, default in rows:
+        about, = re.findall(rf"{name}\s+(\S.*)$", told, re.MULTILINE)
+        if default[0].isdecimal():
+            assert about.endswith(f"(default: {default})")
+        elif default.startswith("`~/"):
+            assert f"/{default.split('`')[1][2:]}" in about
+        else:
+            assert f"(default: {default})" in about
+
+
+def test_the_example_of_a_configuration_is_a_good_one(service: Service) -> None:
+    text = adapted(block("# ~/daemontest.toml"), {"/var/log/daemontest/log": str(service.log_file)})
+    service.configure(text)
+    service.start()
+    assert len(service.workers()) == 8
+    assert service.records("Daemon Server Started. Prefork Workers: 8.")
 
 
 # ---- systemd ----------------------------------------------------------------------------
@@ -206,10 +231,15 @@ def test_it_runs_from_the_packages_of_the_distribution(service: Service) -> None
 
 
 def test_the_reserved_port_is_the_default_one(service: Service) -> None:
-    name, _, port = block("net.ipv4.ip_local_reserved_ports = 36000").strip().partition(" = ")
+    setting = block("net.ipv4.ip_local_reserved_ports = 36000")
+    _, _, port = setting.strip().partition(" = ")
     assert f"default: {port})" in service.run("--help").stdout
-    if sys.platform == "linux":
-        assert Path("/proc/sys", *name.split(".")).exists()
+    (service.home / "daemontest.conf").write_text(setting)
+    done = subprocess.run([program("unshare"), "--net", program("sysctl"), "-p", service.home / "daemontest.conf"],
+                          capture_output=True, text=True, timeout=50)  # in a network of its own
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("no right to make a network of the test's own")
+    assert (done.returncode, done.stdout, done.stderr) == (0, setting, "")
 
 
 def test_a_connection_from_the_port_keeps_it_for_a_while_after_its_end(service: Service) -> None:
