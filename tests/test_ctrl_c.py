@@ -1,0 +1,118 @@
+"""Ctrl-C at any moment of a start ends it: one line at the most, and nothing is left."""
+
+import ast
+import os
+import re
+import signal
+import time
+
+from conftest import DAEMON, Service, wait_until
+
+TIMES = 24  # moments of a start, from its beginning to 300 ms, or for as long as it takes here
+IN_FOREGROUND = 10
+
+
+def first_line() -> int:
+    """Where the first statement of the script ends: its docstring, and what concerns the compiler, are none."""
+    body = [node for node in ast.parse(DAEMON.read_text()).body
+            if not isinstance(node, ast.Expr) and getattr(node, "module", None) != "__future__"]
+    assert body[0].end_lineno
+    return body[0].end_lineno
+
+
+def is_pythons_own(errors: str) -> bool:
+    """Whether ERRORS are those of a Python that was interrupted before it had run the script's first statement."""
+    lines = re.findall(rf'File "{re.escape(str(DAEMON))}", line (\d+)', errors)
+    return "KeyboardInterrupt" in errors and all(int(line) <= first_line() for line in lines)
+
+
+def interrupt(service: Service, after: float, *arguments: str) -> tuple[int, str, str]:
+    """Start, and press Ctrl-C AFTER so many seconds; exit status and output."""
+    start = service.popen("-p", str(service.port), "-w", "2", *arguments, start_new_session=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    time.sleep(after)  # the moment itself is the stimulus
+    try:
+        os.killpg(start.pid, signal.SIGINT)  # as a terminal does
+    except ProcessLookupError:
+        pass  # it has just ended
+    out, err = start.communicate(timeout=50)
+    return start.returncode, out, err
+
+
+def assert_nothing_is_left(service: Service, status: int, after: float) -> None:
+    if status == 1:  # its line promises that nothing is left
+        assert not service.processes(), after
+    wait_until(lambda: not service.processes(), f"all processes to go, interrupted after {after:.3f} s", 5)
+    assert not service.pid_file.exists(), after
+
+
+def moments(service: Service, count: int) -> list[float]:
+    """COUNT moments, evenly spread over a start."""
+    began = time.monotonic()
+    service.start("-w", "2")
+    took = time.monotonic() - began
+    service.stop()
+    return [number / count * max(0.3, 1.2 * took) for number in range(count)]
+
+
+def test_a_start_in_the_background(service: Service) -> None:
+    outcomes: set[str] = set()
+    for after in moments(service, TIMES):
+        status, out, err = interrupt(service, after)
+        if status == 0:  # it was too late
+            assert re.fullmatch(r"daemontest\.py: \d+ started, 2 workers on port \d+\n", out), after
+            assert err == ""
+            assert service.ask("x").endswith(" your text size: 1\n")
+            assert service.stop().returncode == 0
+            outcomes.add("started")
+            continue
+        assert out == "", after
+        if not is_pythons_own(err):
+            assert err in ("", "daemontest.py: interrupted\n"), after
+            outcomes.add("interrupted")
+        assert_nothing_is_left(service, status, after)
+    assert outcomes == {"interrupted", "started"}
+
+
+def test_a_start_in_the_foreground(service: Service) -> None:
+    outcomes: set[str] = set()
+    for after in moments(service, IN_FOREGROUND):
+        status, out, err = interrupt(service, after, "-f", "--log-file", str(service.log_file))
+        assert out == "", after
+        if status == 0:
+            assert err == "", after
+            outcomes.add("served")
+        elif not is_pythons_own(err):
+            assert err in ("", "daemontest.py: interrupted\n", "daemontest.py: cannot start: caught SIGINT\n"), after
+            outcomes.add("interrupted")
+        assert_nothing_is_left(service, status, after)
+    assert "served" in outcomes
+
+
+def test_a_start_while_the_handler_is_imported(service: Service) -> None:
+    service.write_handler("import time\nprint('importing')\ntime.sleep(30)\n")
+    start = service.popen("-p", str(service.port), "--handler", "service:handle", start_new_session=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_until(lambda: "importing\n" in service.log, "the import")
+    os.killpg(start.pid, signal.SIGINT)
+    assert start.communicate(timeout=50) == ("", "daemontest.py: interrupted\n")
+    assert start.returncode == 1
+    assert not service.processes()
+    assert not service.pid_file.exists()
+
+
+def test_a_start_with_several_presses(service: Service) -> None:
+    service.write_handler("import time\nprint('importing')\ntime.sleep(30)\n")
+    start = service.popen("-p", str(service.port), "--handler", "service:handle", start_new_session=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_until(lambda: "importing\n" in service.log, "the import")
+    for _ in range(20):
+        try:
+            os.killpg(start.pid, signal.SIGINT)
+        except ProcessLookupError:
+            break
+    out, err = start.communicate(timeout=50)
+    assert (out, err) in (("", "daemontest.py: interrupted\n"), ("", ""))
+    assert start.returncode not in (0, None)
+    wait_until(lambda: not service.processes(), "all processes to go", 5)
+    assert not service.pid_file.exists()
