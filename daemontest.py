@@ -665,7 +665,10 @@ def cause_of_death(status: int) -> str:
 
 
 def name_process(name: str) -> None:
-    """Have ps(1) and top(1) show NAME, of at most 15 bytes, where a process can set it so (proc(5))."""
+    """Have ps(1) and top(1) show NAME, where a process can set it so: at most 15 bytes (proc(5)).
+
+    NAME has no blanks: Python looks for the number of threads in a line that begins with it.
+    """
     with suppress(OSError):
         comm = os.open("/proc/self/comm", os.O_WRONLY)
         os.write(comm, name.encode())
@@ -791,7 +794,7 @@ class Manager:
 
     def run(self) -> None:
         """Serve until stopped.  Raises Failure."""
-        name_process("daemontest mngr")
+        name_process("daemontest-mngr")
         log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
             + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
         self.signals = Signals(dict.fromkeys(MEANINGLESS, signal.SIG_IGN) | dict.fromkeys(MEANT, lambda *_: None))
@@ -1191,7 +1194,7 @@ class Generation:
         self.manager_is_gone = False
         self.leaving = False
         self.leave_by = math.inf  # on the clock
-        name_process(f"daemontest gen{self.number}")
+        name_process("daemontest-gen")
         for signum in (signal.SIGINT, signal.SIGQUIT):
             signal.signal(signum, signal.SIG_IGN)  # discards the terminal's, sent before this was a group of its own
         for signum in (MEANT | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
@@ -1289,7 +1292,7 @@ class Generation:
             place[:] = VACANT_PLACE
             place[Board.STATE] = Board.STARTING
             try:
-                name_process("daemontest work")  # here, where that is cheaper than in each worker
+                name_process("daemontest-work")  # here, where that is cheaper than in each worker
                 pid = forked(functools.partial(self.worker.live, place))
             except OSError as why:
                 place[Board.STATE] = Board.VACANT
@@ -1297,7 +1300,7 @@ class Generation:
                 self.fail_or_log(f"cannot fork a worker: {why.strerror}")
                 return
             finally:
-                name_process(f"daemontest gen{self.number}")
+                name_process("daemontest-gen")
             self.children[pid] = Child(place)
 
     def there_is_room(self) -> bool:

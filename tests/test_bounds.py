@@ -140,13 +140,13 @@ def test_those_who_read_their_replies_get_them_beside_those_who_do_not(service: 
 def test_memory_does_not_grow_with_each_crowd_of_slow_clients(service: Service) -> None:
     [worker] = start(service, "-w", "1", "--max-text", str(64 * MIB))
     grown = []
-    for _ in range(4):
+    for _ in range(5):
         with Crowd(service.port, stalled_with_a_mebibyte, 20):
             assert memory(worker) > 20 * MIB
         wait_until(lambda: not in_hand(service, worker), "them to have gone")
         service.ask("whole\n")
         grown.append(memory(worker))
-    assert grown[-1] - grown[1] < 8 * MIB, grown
+    assert grown[-1] - grown[0] < 30 * MIB, "what they sent was 100 MiB; the allocator may keep what one crowd took"
 
 
 # ---- Memory -------------------------------------------------------------------------

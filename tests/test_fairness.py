@@ -138,13 +138,13 @@ def suspend(pids: list[int], seconds: float) -> None:
 
 
 def test_a_service_that_was_suspended_answers_what_it_had_in_hand(service: Service) -> None:
-    manager = start(service, "-w", "3", "--timeout", "1", "--handler-timeout", "1.5", "--grace", "1")
-    workers = service.workers()
+    manager = start(service, "-w", "3", "--timeout", "1", "--handler-timeout", "2.5", "--grace", "1")
+    workers, generations = service.workers(), service.generations()
     sender, _ = slow_sender(service)
     with ThreadPoolExecutor() as pool:
-        working = [pool.submit(service.ask, text) for text in ("sleep 1", "compute 0.5")]
+        working = [pool.submit(service.ask, text) for text in ("sleep 1", "compute 0.2")]
         wait_until(lambda: in_hand(service, *workers) == 3, "all of them in hand")
-        suspend([manager, *service.generations(), *workers], 3)
+        suspend([manager, *generations, *workers], 3)
         assert sender.finish().endswith(f" {REST}")
         assert sorted(reply.result().partition(" ")[2] for reply in working) == [
             "your text size: 11\n", "your text size: 7\n"]

@@ -219,7 +219,7 @@ def test_one_that_dies_is_started_anew_after_a_second_and_everybody_is_answered(
 def test_the_workers_of_one_that_dies_finish_what_they_have_and_leave(service: Service) -> None:
     service.expected.append(r"Generation Died\. \(SIGKILL\)")
     gate = Gate(service)
-    service.start("-w", "3", *gate.arguments)
+    manager = service.start("-w", "3", *gate.arguments)
     generation, workers = only_generation(service), service.workers()
     with service.connect() as client:
         client.sendall(b"x\n")
@@ -228,11 +228,19 @@ def test_the_workers_of_one_that_dies_finish_what_they_have_and_leave(service: S
         wait_until(lambda: not any(map(alive, workers - {busy})), "the idle workers to leave", 2)
         assert alive(busy)
         wait_until(lambda: len(service.workers()) == 3, "a new generation's workers")
-        assert not service.workers() & workers
+        serving_generation(service)
+        new = service.workers()
+        assert not new & workers
+        os.kill(manager, signal.SIGHUP)  # waits, as for any generation of which there are still workers
+        service.wait_for_records("Caught SIGHUP")
+        assert service.run("--status").returncode == 0
+        assert service.workers() == new
         gate.open()
         assert read_all(client) == b"%d let through\n" % busy
     wait_until(lambda: not alive(busy), "the busy worker to leave")
-    assert service.records("Child Process Ended")[-1]["pid"] == str(busy)
+    assert [match["message"] for match in service.records() if int(match["pid"]) == busy][-1].startswith(
+        "Child Process Ended.")
+    service.wait_for_new_workers(new)
 
 
 def test_one_that_cannot_be_started_anew_is_tried_again_every_second(service: Service) -> None:

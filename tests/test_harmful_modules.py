@@ -162,6 +162,20 @@ def assert_keeps_workers(service: Service, harm: str, *signals: signal.Signals) 
         assert service.ask("x").endswith(f" it {harm}\n")
 
 
+def test_a_thread_that_it_starts_ends_no_more_than_the_generation(service: Service) -> None:
+    service.expected.append(r"Generation Died\. \(exit status 0\)")
+    choose(service, "leaves_later")
+    manager = service.start("-w", "2", *HANDLER)
+    generation, old = service.generations(), workers(service)
+    (service.home / "now").touch()
+    [died] = service.wait_for_records("Generation Died")
+    assert {int(died["pid"])} == generation
+    choose(service, "nothing")
+    wait_for_reply(service, "it nothing")
+    wait_until(lambda: not any(map(alive, old)), "the old workers to leave")
+    assert service.manager() == manager
+
+
 # ---- What it starts ----------------------------------------------------------------------
 
 

@@ -14,9 +14,11 @@ from slow_clients import (
     at_rest,
     in_hand,
     keeper,
+    listener,
     original,
     silent,
     slow_short_text,
+    sockets,
     stalled,
     trickling,
     urgent,
@@ -67,7 +69,7 @@ def test_a_worker_that_leaves_is_replaced_at_once_and_finishes_with_those_in_han
     began = time.monotonic()
     dismiss(service, worker)
     [successor] = wait_until(lambda: service.workers() - {worker}, "its successor")
-    wait_until(lambda: served_by(service.ask("x")) == successor, "the successor to serve alone")
+    wait_until(lambda: listener(service.manager()).isdisjoint(sockets(worker)), "the worker to accept no more")
     assert served_by(service.ask("x")) == successor
     assert time.monotonic() - began < 5
     assert alive(worker)

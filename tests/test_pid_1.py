@@ -184,7 +184,7 @@ def test_a_process_1_that_reaps_nobody_hinders_neither_reload_nor_stop(service: 
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as unshare:
         try:
             assert unshare.stdout and b" started, 2 workers " in unshare.stdout.readline()
-            manager = named(service, "daemontest mngr")
+            manager = named(service, "daemontest-mngr")
             [generation] = service.generations(manager)
             os.kill(generation, signal.SIGKILL)
             wait_until(lambda: service.generations(manager) - {generation} and len(service.workers(manager)) == 2,

@@ -37,6 +37,8 @@ CONTENTS = {
     "notes": b"Milk, bread\nCall Anna at 5\n", "two words": b"buy milk\n", "two numbers": b"17\n18\n",
     "a long word": b"x" * 33 + b"\n", "a long word without an end": b"x" * 5000, "a picture": bytes(range(256)) * 20,
     "an assignment": b"workers = 2\n", "blank lines and more": b"\n\nnotes\nnotes\n",
+    "a word after many blank lines, and more": b"\n" * 5000 + b"notes\nnotes\n",
+    "a number and much later more": b"17\n" + b" " * 5000 + b"notes\n",
 }
 
 

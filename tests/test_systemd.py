@@ -79,8 +79,8 @@ def test_it_is_enabled_and_started_as_shown_and_says_what_it_is_doing(unit: Mach
     assert re.search(r'Status: "5 workers, generation 1 since \d\d:\d\d:\d\d"', shown)
     manager = unit.show("daemontest", "MainPID")
     commands = unit.do("ps -o user=,comm= -u daemontest").split("\n")
-    assert sorted(commands) == ["", *["daemont+ daemontest gen1"], "daemont+ daemontest mngr",
-                                *["daemont+ daemontest work"] * 5]
+    assert sorted(commands) == ["", *["daemont+ daemontest-gen"], "daemont+ daemontest-mngr",
+                                *["daemont+ daemontest-work"] * 5]
     assert unit.do("/opt/daemontest/bin/daemontest.py --status --pid-file /run/daemontest/pid") == f"{manager}\n"
 
 

@@ -151,14 +151,14 @@ def test_it_changes_nothing_however_often_it_is_asked(service: Service) -> None:
 def test_ps_tells_the_processes_apart(service: Service) -> None:
     manager = service.start("-w", "2")
     for number in (1, 2):
-        names = {manager: "daemontest mngr"}
-        names |= dict.fromkeys(service.generations(), f"daemontest gen{number}")
-        names |= dict.fromkeys(service.workers(), "daemontest work")
+        names = {manager: "daemontest-mngr"}
+        names |= dict.fromkeys(service.generations(), "daemontest-gen")
+        names |= dict.fromkeys(service.workers(), "daemontest-work")
         assert len(names) == 4
         assert {pid: Path(f"/proc/{pid}/comm").read_text() for pid in names} == {
             pid: f"{name}\n" for pid, name in names.items()}
         shown = subprocess.run(["ps", "-o", "comm=", "-p", str(manager)], capture_output=True, text=True, timeout=50)
-        assert shown.stdout == "daemontest mngr\n"
+        assert shown.stdout == "daemontest-mngr\n"
         workers = service.workers()
         os.kill(manager, signal.SIGHUP)
         service.wait_for_new_workers(workers)

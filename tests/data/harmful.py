@@ -133,30 +133,52 @@ def waits_for_every_child() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def leaves_later() -> None:
+    """By a thread, as soon as there is a file "now" beside this one, within a minute."""
+    import threading
+    import time
+
+    def leave() -> None:
+        for _ in range(6000):
+            if os.path.exists(f"{HERE}/now"):
+                os._exit(0)
+            time.sleep(0.01)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
 def forks() -> None:
     """A child that lives for a minute in the same process group."""
+    reading, writing = os.pipe()
     if not os.fork():
-        sleep_on()
+        sleep_on(writing)
+    os.read(reading, 1)
 
 
 def forks_a_daemon() -> None:
     """A child that lives for a minute in a session of its own."""
+    reading, writing = os.pipe()
     if not os.fork():
         os.setsid()
-        sleep_on()
+        sleep_on(writing)
+    os.read(reading, 1)
 
 
 def starts_a_process() -> None:
     import multiprocessing
 
-    multiprocessing.get_context("fork").Process(target=sleep_on).start()
+    reading, writing = os.pipe()
+    multiprocessing.get_context("fork").Process(target=sleep_on, args=(writing,)).start()
+    os.read(reading, 1)
 
 
-def sleep_on() -> None:
+def sleep_on(begun: int) -> None:
+    """Tell by a byte to BEGUN that it has begun, and by a line of the file "helpers" who does it."""
     import time
 
     with open(f"{HERE}/helpers", "a") as file:
         file.write(f"{os.getpid()}\n")
+    os.write(begun, b".")
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     time.sleep(60)
     os._exit(0)
