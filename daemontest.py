@@ -64,7 +64,7 @@ import time
 import tomllib
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
@@ -291,12 +291,12 @@ def check(file: str | None, given: dict[str, Any]) -> None:
     news, telling = os.pipe()
 
     def trial() -> None:  # in a process of its own, whose end a module cannot turn into a good outcome
+        outcome = "good"
         try:
             load_handler(settings)
         except Failure as why:
-            os.write(telling, word(str(why)))
-        else:
-            os.write(telling, word("good"))
+            outcome = str(why)
+        os.write(telling, word(outcome))
         sys.stdout.flush()
         os._exit(0)
 
@@ -431,6 +431,14 @@ def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
         return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual), True
 
 
+def close_listener(listener: socket.socket, for_everybody: bool) -> None:
+    """Close LISTENER; with FOR_EVERYBODY also for processes that a handler has forked, which may hold it open."""
+    if for_everybody:
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
 # ---- PID file -----------------------------------------------------------------------
 
 
@@ -443,6 +451,10 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     """
 
     lock: io.FileIO  # the manager's
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.questions: set[str] = set()  # the FIFOs of those who wait for the reload that is under way
 
     def opened(self, flags: int) -> io.FileIO:
         """The file, which must not be a symbolic link, nor anything but a regular file.  Raises OSError."""
@@ -460,7 +472,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def claim(self) -> None:
         """Take the lock for the manager to be.  Raises Failure."""
         with failing_to(f"use PID file {self.path}"):
-            for _ in patience():
+            for _ in retries():
                 file = self.opened(os.O_RDWR | os.O_CREAT)
                 if not flocked(file, fcntl.LOCK_SH):
                     raise Failure(f"cannot start: already running (PID file {self.path})")
@@ -495,7 +507,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def read_pid(self) -> int | None:
         """PID of the living manager, or None.  Waits until one that is starting has written it.  Raises Failure."""
         with failing_to(f"read PID file {self.path}"), suppress(FileNotFoundError):
-            for _ in patience():
+            for _ in retries():
                 with self.opened(os.O_RDONLY) as file:
                     if flocked(file, fcntl.LOCK_SH):
                         return None
@@ -559,22 +571,23 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             with suppress(FileNotFoundError):  # the manager removes those that it has answered
                 os.unlink(question)
 
-    def answer(self, questions: Iterable[str], verdict: str) -> None:
-        for question in questions:
+    def collect_questions(self) -> None:
+        """Note all who wait for a reload: the one that begins now is theirs."""
+        directory, name = os.path.split(self.path)
+        with suppress(OSError):
+            self.questions |= {file.path for file in os.scandir(directory) if file.name.startswith(f"{name}.reload-")
+                               and stat.S_ISFIFO(file.stat(follow_symlinks=False).st_mode)}
+
+    def answer(self, verdict: str) -> None:
+        """Tell those whose reload is over how it went."""
+        while self.questions:
+            question = self.questions.pop()
             with suppress(OSError):  # ENXIO, open(2): nobody waits for the answer any more
                 file = os.open(question, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
                 os.write(file, word(verdict))
                 os.close(file)
             with suppress(OSError):
                 os.unlink(question)
-
-    def questions(self) -> set[str]:
-        """The FIFOs of all who wait for a reload."""
-        directory, name = os.path.split(self.path)
-        with suppress(OSError):
-            return {file.path for file in os.scandir(directory) if file.name.startswith(f"{name}.reload-")
-                    and stat.S_ISFIFO(file.stat(follow_symlinks=False).st_mode)}
-        return set()
 
 
 def word(text: str) -> bytes:
@@ -583,7 +596,7 @@ def word(text: str) -> bytes:
 
 
 def heard(file: int) -> str | None:
-    """The word that has come through FILE; nothing at the end, None if nothing has come."""
+    """The word that has come through FILE; "" at the end of file, None if nothing has come."""
     try:
         return os.read(file, select.PIPE_BUF).decode(errors="replace")
     except BlockingIOError:
@@ -602,8 +615,8 @@ def await_end(pid: int, process: int | None = None) -> None:
             time.sleep(0.005)
 
 
-def patience() -> Iterator[None]:
-    """A turn every 2 ms for longer than a manager to be, or somebody who only asks, holds a lock; then OSError."""
+def retries() -> Iterator[None]:
+    """Yield every 2 ms for 4 s, longer than a starting manager or an inquirer holds the lock; then raise OSError."""
     end = time.monotonic() + 4.0
     while time.monotonic() < end:
         yield
@@ -624,7 +637,7 @@ def flocked(file: io.FileIO, kind: int) -> bool:
 def forked(life: Callable[[], None]) -> int:
     """Fork a process that leads a group of its own, lives LIFE and ends; its PID.  Raises OSError.
 
-    LIFE must end the process itself: what comes back from it has failed.
+    LIFE must end the process itself; returning is a failure.
     """
     if pid := os.fork():
         return pid
@@ -713,8 +726,10 @@ class Clock:
         self.seconds, self.before = 0.0, time.monotonic()
 
     def go_on(self, most: float, besides: float = 0.0) -> None:
-        """Let the time since the last call pass, but BESIDES, and what is beyond MOST by so much that we cannot
-        have been running."""
+        """Advance by the time since the last call, less BESIDES.
+
+        What exceeds MOST by more than 0.1 s means that we were suspended, and does not count.
+        """
         now = time.monotonic()
         self.seconds += max(0.0, min(now - self.before - besides, most + 0.1))
         self.before = now
@@ -736,15 +751,19 @@ class Board:
         line = 8  # numbers, a line of the processor's cache, so that no two processes write to the same
         numbers = memoryview(mmap.mmap(-1, 8 * line * (2 * workers + 1))).cast("d")
         self.head, *self.places = (numbers[start:start + line] for start in range(0, len(numbers), line))
-        self.open_up()
+        self.allow(2)
 
-    def open_up(self) -> None:
-        """Let there be as many workers that leave as others."""
-        self.head[self.LIMIT] = 2 * self.workers
+    def allow(self, times: int) -> None:
+        """Let there be TIMES the number of workers: 2, as many that leave as others; 1, if the next generation needs
+        the room; 0, when all are to leave."""
+        self.head[self.LIMIT] = times * self.workers
 
-    def restrict(self) -> None:
-        """Let there be no workers beyond the number: the next generation needs the room."""
-        self.head[self.LIMIT] = self.workers
+    def take_place(self) -> memoryview[float]:
+        """A vacant place, taken for a worker that starts."""
+        place = next(place for place in self.places if place[self.STATE] == self.VACANT)
+        place[self.STATE], place[self.PID], place[self.CALLED] = self.STARTING, 0, 0
+        place[self.SERVED], place[self.IN_HAND] = 0, 0
+        return place
 
     def count(self, *states: int) -> int:
         return sum(place[self.STATE] in states for place in self.places)
@@ -753,7 +772,7 @@ class Board:
         return len(self.places) - self.count(self.VACANT)
 
     def accepting(self) -> bool:
-        """Whether a worker may accept a client, all being told to leave: not one that its handler occupies."""
+        """Whether any worker may yet accept a client, all being told to leave.  One that runs its handler will not."""
         return any(self.STARTING <= place[self.STATE] <= self.TOLD and not place[self.CALLED]
                    for place in self.places)
 
@@ -761,7 +780,8 @@ class Board:
 # ---- Manager ------------------------------------------------------------------------
 
 RESPAWN_DELAY = 1.0  # s until what died is forked again
-PATIENCE = 0.5  # s that signals wait for a start to be told, and that a generation given up has to go by itself
+SIGNALS_WAIT = 0.5  # s for which signals are deferred until a start is reported
+GIVE_UP_AFTER = 0.5  # s that an abandoned generation may take to exit
 TICK = 0.02  # s between two looks while something is under way
 DEADLY = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT,
           signal.SIGTRAP, signal.SIGSYS}  # not to be ignored, or of our own making
@@ -783,10 +803,9 @@ class Manager:
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         self.generations: list[Generation] = []  # two at the most
         self.born = 0  # generations so far
-        self.starting = True  # until somebody knows that the service answers
+        self.starting = True  # until the launcher has reported the start; without one, until the service is ready
         self.ready = False  # one generation serves, and no other accepts clients
         self.reload_wanted = False
-        self.questions: set[str] = set()  # of those who wait for the reload that is under way
         self.not_before = 0.0  # on the clock: when a generation may be forked in the place of one that died
         self.stopping = False
         self.failure = ""  # why the service cannot run
@@ -807,10 +826,7 @@ class Manager:
             self.failure = f"the manager failed: {type(why).__name__}: {why}"
 
         # However the service ends, this is where the PID file goes: when nobody listens any more.
-        if self.listener_is_ours:
-            with suppress(OSError):
-                self.listener.shutdown(socket.SHUT_RDWR)  # a process that a handler has forked may hold it open
-        self.listener.close()
+        close_listener(self.listener, self.listener_is_ours)
         self.pid_file.release()
         log(record("*", "Server Terminated."))
         if self.failure:
@@ -831,7 +847,7 @@ class Manager:
             self.bury_the_dead()
             self.kill_the_overdue()
             # A start is told how it went before signals count, unless it takes long.
-            while signals and (self.stopping or not self.starting or self.clock.seconds > PATIENCE):
+            while signals and (self.stopping or not self.starting or self.clock.seconds > SIGNALS_WAIT):
                 match signals.pop(0):
                     case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT as signum:
                         self.stop(signum)
@@ -853,25 +869,26 @@ class Manager:
         try:
             if reloading:
                 self.reload_wanted = self.ready = False
-                self.questions |= self.pid_file.questions()
+                self.pid_file.collect_questions()
                 self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\n"
                             f"STATUS=loading generation {self.born + 1}")
                 new, running = self.read(), self.settings
-                waiting = [key for key in WAIT_FOR_RESTART if getattr(new, key) != getattr(running, key)]
-                self.fork_generation(replace(new, **{key: getattr(running, key) for key in waiting}),
-                                     open_log(new.log_file, *self.terminal), waiting)
+                waiting = {key: getattr(running, key) for key in WAIT_FOR_RESTART
+                           if getattr(new, key) != getattr(running, key)}
+                self.fork_generation(replace(new, **waiting), open_log(new.log_file, *self.terminal))
+                if waiting:
+                    log(record("*", f"Waiting for a Restart: {', '.join(waiting)}"))
             elif not self.in_state(State.SERVING) and self.clock.seconds >= self.not_before:
                 self.fork_generation(self.settings)
         except Failure as why:
             self.loading_failed(self.born + 1, str(why), not reloading)
 
-    def fork_generation(self, settings: Settings, log_file: io.FileIO | None = None,
-                        waiting: Sequence[str] = ()) -> None:
+    def fork_generation(self, settings: Settings, log_file: io.FileIO | None = None) -> None:
         log(record("*", f"Manager Process ID: {self.pid}"))
         for serving in self.in_state(State.SERVING):
-            serving.board.open_up()
+            serving.board.allow(2)
         with failing_to("fork a generation"):
-            generation = Generation(self.born + 1, settings, log_file, waiting)
+            generation = Generation(self.born + 1, settings, log_file)
             try:
                 signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # until the child, too, has somebody to take them
                 generation.pid = forked(functools.partial(generation.live, self))
@@ -930,8 +947,6 @@ class Manager:
         if generation.log_file:
             LOG.take(generation.log_file)
             generation.log_file = None
-        if generation.waiting:
-            log(record("*", f"Waiting for a Restart: {', '.join(generation.waiting)}"))
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # the kernel keeps silent clients for this long or longer (tcp(7))
             seconds = math.ceil(self.settings.timeout)
             self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
@@ -940,7 +955,7 @@ class Manager:
         """Tell whoever is concerned WHY generation NUMBER did not come up; UNASKED if it was to replace a dead one."""
         self.last_failure = f"; generation {number} failed: {printable(why)}"
         for serving in self.in_state(State.SERVING):
-            serving.board.open_up()
+            serving.board.allow(2)
         if self.starting:
             log(record("*", f"Manager Failed: {printable(why)}"))
             self.failure = why
@@ -951,7 +966,7 @@ class Manager:
             self.not_before = self.clock.seconds + RESPAWN_DELAY
         else:
             log(record("*", f"Nothing Changed: {printable(why)}"))
-            self.answer(f"failed {why}")
+            self.pid_file.answer(f"failed {why}")
 
     def tell_when_ready(self) -> None:
         """Tell whoever waits when a generation serves and no other accepts clients any more."""
@@ -959,24 +974,20 @@ class Manager:
         if self.ready or self.stopping or not serving or self.in_state(State.LOADING):
             return
         if self.reload_wanted and self.in_state(State.GIVEN_UP):
-            return  # the reload is to begin afresh
+            return  # the reload that superseded this one has not begun: there is nothing to tell yet
         if any(other.board.accepting() for other in self.generations if other is not serving[0]):
             return
         self.ready = True
         workers, since = self.settings.workers, time.localtime(serving[0].since)
         self.notify(f"READY=1\nMAINPID={self.pid}\nSTATUS={workers} workers, generation {serving[0].number} since "
                     f"{time.strftime('%H:%M:%S', since)}{self.last_failure}")
-        self.answer(str(self.pid))
+        self.pid_file.answer(str(self.pid))
         if self.launcher:
             port = self.listener.getsockname()[1]
             with suppress(OSError):  # its end is noticed by hear_launcher()
                 self.launcher.sendall(word(f"started {self.pid} {workers} workers on port {port}"))
         else:
             self.starting = False
-
-    def answer(self, verdict: str) -> None:
-        self.pid_file.answer(self.questions, verdict)
-        self.questions = set()
 
     # -- what ends --
 
@@ -988,14 +999,14 @@ class Manager:
                     if generation.pid == ended[0]:
                         self.bury(generation, ended[1])
         for generation in list(self.generations):
-            if generation.dead and not generation.orphans():
+            if generation.state is State.DEAD and not generation.orphans():
                 self.generations.remove(generation)
                 generation.close()
 
     def bury(self, generation: Generation, status: int) -> None:
         self.hear_generations()  # its last words
-        was, generation.state, generation.dead = generation.state, State.LEAVING, True
-        generation.board.head[Board.LIMIT] = 0
+        was, generation.state = generation.state, State.DEAD
+        generation.board.allow(0)
         generation.kill_at = min(generation.kill_at, self.clock.seconds + generation.settings.grace)
         if status:
             kill_group(generation.pid)  # what its module has started
@@ -1017,7 +1028,7 @@ class Manager:
                 continue
             if generation.state is State.GIVEN_UP and generation.board.head[Board.IMPORTED]:
                 self.dismiss(generation)  # it came so far that it can leave in good order
-            elif not generation.dead:
+            elif generation.state is not State.DEAD:
                 kill_group(generation.pid)
             else:
                 for pid, place in generation.orphans().items():
@@ -1035,35 +1046,30 @@ class Manager:
                 self.failure = f"cannot start: caught {signal.Signals(signum).name}"
         self.stopping = True
         self.notify("STOPPING=1\nSTATUS=stopping")
-        self.answer("failed the service stops")
+        self.pid_file.answer("failed the service stops")
         for generation in self.generations:
-            if generation.state is State.LOADING:
-                self.give_up(generation)
-            else:
-                self.dismiss(generation)
+            self.dismiss(generation)
 
     def reload(self) -> None:
         """Have the next generation begin; one that is still being loaded begins afresh."""
         log(record("*", "Caught SIGHUP"))
         self.reload_wanted = True
         for generation in self.in_state(State.LOADING):
-            self.give_up(generation)
-
-    def give_up(self, generation: Generation) -> None:
-        """End a generation that is still being loaded, whatever its module does."""
-        generation.state = State.GIVEN_UP
-        generation.board.head[Board.STOPPING] = self.stopping
-        generation.kill_at = self.clock.seconds + PATIENCE
-        os.kill(generation.pid, signal.SIGTERM)
+            self.dismiss(generation)
 
     def dismiss(self, generation: Generation) -> None:
-        """Tell a generation to leave within the grace; it sees to that itself, unless something keeps it."""
-        if generation.state is not State.LEAVING:
+        """Tell a generation to leave: within the grace, which it sees to itself unless something keeps it; or, while
+        it is being loaded, at once, whatever its module does."""
+        if generation.state is State.LOADING:
+            generation.state, generation.kill_at = State.GIVEN_UP, self.clock.seconds + GIVE_UP_AFTER
+        elif generation.state is State.SERVING or (
+                generation.state is State.GIVEN_UP and generation.board.head[Board.IMPORTED]):
             generation.state = State.LEAVING
-            generation.kill_at = self.clock.seconds + generation.settings.grace + 4 * PATIENCE
+            generation.kill_at = self.clock.seconds + generation.settings.grace + 2.0
         generation.board.head[Board.STOPPING] = self.stopping
-        for pid in generation.orphans() if generation.dead else [generation.pid]:
-            os.kill(pid, signal.SIGTERM)
+        for pid in generation.orphans() if generation.state is State.DEAD else [generation.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def log_what_goes_on(self) -> None:
         for generation in self.generations:
@@ -1096,7 +1102,7 @@ class Manager:
 # ---- Generation ---------------------------------------------------------------------
 
 IGNORED = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM}
-LOOK = signal.SIGCHLD  # what a worker sends to its generation, for it to look after its workers
+WAKE = signal.SIGCHLD  # a worker sends it to have its generation look after its workers at once
 
 
 def load_handler(settings: Settings) -> Callable[[str], str]:
@@ -1124,8 +1130,8 @@ class Child:
     """What a generation knows of one of its workers."""
 
     called = 0.0  # as it stood on the board at the last look
-    kill_at = math.inf  # on the generation's clock: when its handler will have run too long,
-    end_by = math.inf  # and when it must have ended, if it is doing so
+    kill_at = math.inf  # its handler's deadline, on the generation's clock
+    end_by = math.inf  # the deadline of its exit
     killed_for = ""
 
     def __init__(self, place: memoryview[float]) -> None:
@@ -1137,8 +1143,9 @@ class State(Enum):
 
     LOADING = "imports its module, starts its first workers"
     SERVING = "all its workers are up"
-    LEAVING = "has been told to leave, or is dead; its workers finish"
     GIVEN_UP = "is not wanted any more, before it was up"
+    LEAVING = "has been told to leave; its workers finish"
+    DEAD = "has ended; workers that are left finish without it"
 
 
 class Generation:
@@ -1150,14 +1157,13 @@ class Generation:
 
     state = State.LOADING
     pid = 0
-    dead = False  # and its workers are orphans
     since = 0.0  # when its workers were up (time.time())
     kill_at = math.inf  # on the manager's clock
     silent = False  # it can say no more
 
-    def __init__(self, number: int, settings: Settings, log_file: io.FileIO | None, waiting: Sequence[str]) -> None:
+    def __init__(self, number: int, settings: Settings, log_file: io.FileIO | None) -> None:
         self.number, self.settings = number, settings
-        self.log_file, self.waiting = log_file, waiting  # of a reload: the log opened anew, what waits for a restart
+        self.log_file = log_file  # of a reload: the log, opened anew
         self.board = Board(settings.workers)
         self.news, self.telling = os.pipe()  # its word on how it went
         self.lifeline, self.alive = os.pipe()  # the manager alone holds ALIVE: end-of-file means that it is gone
@@ -1190,7 +1196,7 @@ class Generation:
         self.listener, self.listener_is_ours = manager.listener, manager.listener_is_ours
         self.children: dict[int, Child] = {}
         self.vacant_until: list[float] = []  # on the clock: when the places of workers that died may be filled
-        self.up = False  # all workers have been
+        self.up = False  # True once all workers have served
         self.manager_is_gone = False
         self.leaving = False
         self.leave_by = math.inf  # on the clock
@@ -1206,7 +1212,7 @@ class Generation:
         fcntl.fcntl(self.lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(self.lifeline, fcntl.F_SETFL, os.O_ASYNC)
         if readable(self.lifeline, 0):
-            os._exit(1)
+            os._exit(1)  # the manager had gone before SIGIO was armed
         self.printed = Printed()
         sys.stdout = sys.stderr = self.printed.stream()
         try:
@@ -1219,10 +1225,7 @@ class Generation:
             os._exit(1)
         self.settle(handler)
         self.supervise()
-        if self.manager_is_gone and self.listener_is_ours:
-            with suppress(OSError):
-                self.listener.shutdown(socket.SHUT_RDWR)  # for a process that the module has forked may hold it open
-        self.listener.close()
+        close_listener(self.listener, self.listener_is_ours and self.manager_is_gone)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # no longer should what the module has left behind keep it
         end_as_python_does([], threads=False)
@@ -1246,7 +1249,7 @@ class Generation:
         self.workers_lifeline, self.workers_alive = os.pipe()
         self.worker = Worker(self, handler)
         self.signals = Signals(dict.fromkeys(IGNORED, signal.SIG_IGN)
-                               | {LOOK: lambda *_: None, signal.SIGTERM: self.worker.catch})
+                               | {WAKE: lambda *_: None, signal.SIGTERM: self.worker.catch})
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.board.head[Board.IMPORTED] = True  # from now on it can be told to leave
         self.printed.end_line()
@@ -1255,7 +1258,7 @@ class Generation:
         self.clock = Clock()
         self.listener.setblocking(False)
         for board in self.previous:
-            board.restrict()
+            board.allow(1)
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
     def tell(self, outcome: str) -> None:
@@ -1274,7 +1277,8 @@ class Generation:
             self.clock.go_on(seconds)
             self.bury_the_dead()
             self.kill_the_overdue()
-            if self.worker.caught:  # and not the bytes, since a worker just forked may have written one
+            # A worker that has just been forked still writes to this process's pipe, so the bytes prove nothing.
+            if self.worker.caught:
                 self.worker.caught = False
                 self.leave()
             if not self.manager_is_gone and readable(self.lifeline, 0):
@@ -1288,11 +1292,11 @@ class Generation:
         missing = self.settings.workers - len(self.vacant_until) - self.board.count(Board.STARTING, Board.SERVING)
         while missing > 0 and self.there_is_room() and not self.leaving:
             missing -= 1
-            place = next(place for place in self.board.places if place[Board.STATE] == Board.VACANT)
-            place[:] = VACANT_PLACE
-            place[Board.STATE] = Board.STARTING
+            place = self.board.take_place()
             try:
                 name_process("daemontest-work")  # here, where that is cheaper than in each worker
+                # Python drops, in the child, a signal that comes before os.fork() has returned there.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
                 pid = forked(functools.partial(self.worker.live, place))
             except OSError as why:
                 place[Board.STATE] = Board.VACANT
@@ -1300,6 +1304,7 @@ class Generation:
                 self.fail_or_log(f"cannot fork a worker: {why.strerror}")
                 return
             finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
                 name_process("daemontest-gen")
             self.children[pid] = Child(place)
 
@@ -1370,7 +1375,7 @@ class Generation:
     def leave(self) -> None:
         """Have every worker leave within the grace; at a stop also those that have been told before."""
         self.leaving = True
-        self.board.head[Board.LIMIT] = 0
+        self.board.allow(0)
         self.leave_by = min(self.leave_by, self.clock.seconds + self.settings.grace)
         for pid in self.children:
             os.kill(pid, signal.SIGTERM)
@@ -1378,13 +1383,12 @@ class Generation:
 
 # ---- Worker -------------------------------------------------------------------------
 
-VACANT_PLACE = memoryview(bytes(8 * 8)).cast("d")
 RECEIVE_BYTES = 16384  # at once; more no longer stays in the processor's nearest cache
 BREATH = 2**20  # bytes of one text after which the others are looked after
-TEXTS_IN_HAND = 4  # so many times the longest text may the bytes in hand be
+TEXTS_IN_HAND = 4  # a worker holds at most this many times --max-text
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text; nobody else is in hand then
-LOOK_APART = 0.005  # s at least between two looks for clients that are late
-WAYS = 10  # moments for which a new client is left to a worker that has none in hand
+LOOK_APART = 0.005  # least s between two looks for clients past their deadline
+GIVE_WAY_TIMES = 10  # how often in a row a worker with clients in hand leaves a new client to an idle one
 REQUEUE = 0.1  # s after which a worker that has clients in hand queues behind those that have none
 HOLD_BACK = getattr(socket, "MSG_MORE", 0)  # for the end of the reply and that of the connection to share a packet
 IN, OUT = select.POLLIN, select.POLLOUT
@@ -1395,15 +1399,17 @@ Wish = tuple[int, float, int]  # what a conversation waits for (IN, OUT), until 
 
 
 class Client:
-    """A client in hand: what its conversation waits for."""
+    """A client, its conversation, and what that waits for."""
 
     __slots__ = ("connection", "conversation", "descriptor", "events", "held", "name", "until")
 
-    def __init__(self, connection: socket.SocketType, conversation: Iterator[Wish], name: str) -> None:
-        self.connection, self.conversation, self.name = connection, conversation, name
-        self.descriptor = connection.fileno()
-        self.events = self.held = 0
-        self.until = 0.0
+    conversation: Iterator[Wish]
+    events: int  # of these last three only a client in hand has need
+    held: int
+    until: float
+
+    def __init__(self, connection: socket.SocketType, descriptor: int, name: str) -> None:
+        self.connection, self.descriptor, self.name = connection, descriptor, name
 
 
 class Worker:
@@ -1423,7 +1429,7 @@ class Worker:
     caught = False  # SIGTERM
     stopping = False  # the service stops, so clients that have not sent a byte are let go
     in_fork = False  # this is a process that the handler has forked
-    place: memoryview[float] = memoryview(b"").cast("d")  # on the board; none in the generation
+    place: memoryview[float] = memoryview(b"").cast("d")  # on the board; empty, and so false, in the generation
     connection: socket.SocketType | None = None  # the one whose conversation goes on
     held = 0  # bytes, by all clients in hand
     most_clients = sys.maxsize  # in hand
@@ -1440,13 +1446,14 @@ class Worker:
         self.lifeline, self.printed = generation.workers_lifeline, generation.printed
         self.listener = generation.listener
         self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
-        self.max_text, self.requests_left = self.settings.max_text, self.settings.max_requests
+        self.requests_left = self.settings.max_requests
         self.foreign = handler is not text_length  # so it may fork, print, change directory, keep files open ...
         self.files = buffered_files() if self.foreign else []
         self.home = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
 
     def live(self, place: memoryview[float]) -> None:
         self.signals = Signals({})  # what they mean stands already
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         its = self.generation
         for descriptor in (its.telling, its.lifeline, its.workers_alive, its.signals.reading, its.signals.writing):
             os.close(descriptor)
@@ -1505,48 +1512,40 @@ class Worker:
 
     def call_generation(self) -> None:
         if os.getppid() == self.generation_pid:
-            os.kill(self.generation_pid, LOOK)
+            os.kill(self.generation_pid, WAKE)
 
     # -- the loop --
 
     def run(self) -> None:
-        named = True  # a client may be waiting already
         ready: dict[int, int] = {}
         listener = self.listener.fileno()
         while self.serving or self.in_hand:
             # Accept, before all else what this worker was woken for.  Without clients in hand ask at once.
-            if self.serving and not self.in_hand:
-                if self.accept() and not self.in_hand:
-                    continue
-            elif self.serving and named and not self.gives_way():
-                self.accept()
-            if self.told_to_leave and self.serving:
+            accepted = (self.serving and (not self.in_hand or (listener in ready and not self.gives_way()))
+                        and self.accept())
+            if self.serving and (self.told_to_leave or (accepted and self.requests_left <= 0)):
                 self.leave()
+            if accepted and not self.in_hand:
+                continue
 
             # Go on with those that are ready, and with those that are late.
-            if self.in_hand:
-                for descriptor in ready:
-                    if descriptor in self.in_hand:
-                        self.resume(self.in_hand[descriptor])
-                self.look_after_the_late()
+            for descriptor in (*ready, *self.late()):
+                if client := self.in_hand.get(descriptor):
+                    self.go_on(client)
 
             # Wait.
             if self.serving or self.in_hand:
                 ready = self.wait()
-                named = listener in ready
 
     def wait(self) -> dict[int, int]:
         """Wait until something is ready or somebody late; let the clock go on."""
-        if not self.in_hand:
-            events: list[tuple[int, int]] = self.poll(None)
-        else:
-            seconds = max(0.0, min(REQUEUE, self.look_at - self.clock.seconds))
-            events = self.poll(seconds)
+        seconds = max(0.0, min(REQUEUE, self.look_at - self.clock.seconds)) if self.in_hand else None
+        ready: dict[int, int] = dict(self.poll(seconds))
+        if seconds is not None:
             self.clock.go_on(seconds, self.handled)
             self.handled = 0.0
             if self.clock.seconds > self.queued_at + REQUEUE:
                 self.queue_behind()
-        ready = dict(events)
         if self.signals.reading in ready:
             self.signals.take()
         if self.lifeline in ready:
@@ -1573,24 +1572,17 @@ class Worker:
         # address a second time.
         connection = socket.SocketType(*self.kind, descriptor)
         connection.setblocking(False)  # whatever default the handler's module has set
-        self.connection = connection
         self.requests_left -= 1
-        name = address[0].removeprefix("::ffff:")
-        conversation = self.converse(connection, name)
-        wish = self.next_wish(conversation)
-        if wish:
-            self.take_in_hand(Client(connection, conversation, name), wish)
-        else:
-            connection.close()  # which sends what was held back, in one packet with the end
-        if self.told_to_leave or self.requests_left <= 0:
-            self.leave()
+        client = Client(connection, descriptor, address[0].removeprefix("::ffff:"))
+        client.conversation = self.converse(client)
+        self.go_on(client)
         return True
 
     def gives_way(self) -> bool:
-        """Whether to leave a client, for a moment, to a worker that has none in hand, and may only not have run yet."""
+        """Whether to leave a new client, for a moment, to an idle worker that has been woken but not scheduled yet."""
         free = (place[Board.STATE] == Board.SERVING and not place[Board.CALLED] and not place[Board.IN_HAND]
                 for place in self.board.places)
-        if not self.foreign or self.gave_way == WAYS or not any(free):
+        if not self.foreign or self.gave_way == GIVE_WAY_TIMES or not any(free):
             self.gave_way = 0
             return False
         self.gave_way += 1
@@ -1616,62 +1608,55 @@ class Worker:
 
     # -- clients in hand --
 
-    def next_wish(self, conversation: Iterator[Wish]) -> Wish | None:
-        """Let CONVERSATION go on; what it waits for next, or None at its end."""
+    def go_on(self, client: Client) -> None:
+        """Let the client's conversation go on until it waits, with its client in hand, or ends."""
+        self.connection = client.connection
         try:
-            return next(conversation, None)
+            wish = next(client.conversation, None)
         except Exception as why:  # a fault of this program, or an alarm of the handler's: not the other clients' fault
             log(traced("Conversation Failed:", why))
-            return None
-
-    def take_in_hand(self, client: Client, wish: Wish) -> None:
-        if not self.in_hand:
-            self.clock.before, self.handled = time.monotonic(), 0.0  # nobody has been waiting until now
-        self.in_hand[client.descriptor] = client
-        self.poller.register(client.descriptor, wish[0])
-        client.events = wish[0]
-        self.await_wish(client, wish)
-        self.queue_behind()
+            wish = None
+        if not wish:
+            self.let_go(client)
+            return
+        events, client.until, held = wish
+        if client.descriptor not in self.in_hand:
+            self.take_in_hand(client, events)
+        elif events != client.events:
+            self.poller.modify(client.descriptor, events)
+        self.look_at = min(self.look_at, client.until)
+        self.held += held - client.held
+        client.events, client.held = events, held
+        while self.held > TEXTS_IN_HAND * self.settings.max_text + BREATH:
+            self.part_with(next(each for each in self.in_hand.values() if each.held), "too many bytes in hand")
         if len(self.in_hand) > self.most_clients:
             self.part_with(next(iter(self.in_hand.values())), "too many clients in hand")
 
-    def await_wish(self, client: Client, wish: Wish) -> None:
-        events, client.until, held = wish
-        if events != client.events:
-            self.poller.modify(client.descriptor, events)
-            client.events = events
-        self.look_at = min(self.look_at, client.until)
-        self.held += held - client.held
-        client.held = held
+    def take_in_hand(self, client: Client, events: int) -> None:
+        if not self.in_hand:
+            self.clock.before, self.handled = time.monotonic(), 0.0  # nobody has been waiting until now
+        self.in_hand[client.descriptor] = client
         self.place[Board.IN_HAND] = len(self.in_hand)
-        while self.held > TEXTS_IN_HAND * self.max_text + BREATH:
-            self.part_with(next(each for each in self.in_hand.values() if each.held), "too many bytes in hand")
-
-    def resume(self, client: Client) -> None:
-        if self.in_hand.get(client.descriptor) is not client:
-            return  # it has been parted with meanwhile
-        self.connection = client.connection
-        wish = self.next_wish(client.conversation)
-        if wish:
-            self.await_wish(client, wish)
-        else:
-            self.let_go(client)
-
-    def look_after_the_late(self) -> None:
-        """Go on with those whose time is over, several at once: a look takes as long as there are clients in hand."""
-        if self.clock.seconds >= self.look_at:
-            for client in [client for client in self.in_hand.values() if client.until <= self.clock.seconds]:
-                self.resume(client)
-            soonest = min((client.until for client in self.in_hand.values()), default=math.inf)
-            self.look_at = max(soonest, self.clock.seconds + LOOK_APART)
+        client.events, client.held = events, 0
+        self.poller.register(client.descriptor, events)
+        self.queue_behind()
 
     def let_go(self, client: Client) -> None:
-        del self.in_hand[client.descriptor]
-        self.poller.unregister(client.descriptor)  # closing it is not enough if the handler has forked
-        client.connection.close()
-        client.conversation = iter(())  # a finished generator would keep its reply
-        self.held -= client.held
-        self.place[Board.IN_HAND] = len(self.in_hand)
+        if client.descriptor in self.in_hand:
+            del self.in_hand[client.descriptor]
+            self.place[Board.IN_HAND] = len(self.in_hand)
+            self.held -= client.held
+            self.poller.unregister(client.descriptor)  # closing it is not enough if the handler has forked
+        client.connection.close()  # which sends what was held back, in one packet with the end
+
+    def late(self) -> list[int]:
+        """Those whose time is over, several at once: a look takes as long as there are clients in hand."""
+        now = self.clock.seconds
+        if now < self.look_at:
+            return []
+        soonest = min((client.until for client in self.in_hand.values() if client.until > now), default=math.inf)
+        self.look_at = max(soonest, now + LOOK_APART)
+        return [client.descriptor for client in self.in_hand.values() if client.until <= now]
 
     def part_with(self, client: Client, why: str) -> None:
         """Let a client go without a reply, and say so in the log, not more than once a second."""
@@ -1691,19 +1676,20 @@ class Worker:
 
     # ---- Conversation ---------------------------------------------------------------
 
-    def converse(self, connection: socket.SocketType, client: str) -> Iterator[Wish]:
+    def converse(self, client: Client) -> Iterator[Wish]:
         """One request, from its first byte to the end of its reply.  A client that sends nothing is none."""
+        connection = client.connection
         records = record("-", "Client Query Processing Started.", self.pid)
         text, half_closed, until, quiet, breath = bytearray(), False, 0.0, 0.0, BREATH
         try:
             # Receive, until the client half-closes or, if the text is short, falls silent.
-            while not half_closed:
+            while True:
                 piece = receive(connection)
                 if piece:
                     text += piece
                     quiet = 0.0
-                    if len(text) > self.max_text:
-                        raise Refused(f"text longer than {self.max_text} bytes")
+                    if len(text) > self.settings.max_text:
+                        raise Refused(f"text longer than {self.settings.max_text} bytes")
                     if len(text) < breath:
                         continue
                     breath += BREATH
@@ -1729,7 +1715,7 @@ class Worker:
             # Handle.
             whole = text.decode()
             text = bytearray()
-            records += record("-", f"Client: {client}; Received Text:", self.pid) + indented(whole[:LOGGED])
+            records += record("-", f"Client: {client.name}; Received Text:", self.pid) + indented(whole[:LOGGED])
             if len(whole) > LOGGED:
                 records += record("-", f"Logged {LOGGED} of {len(whole)} Characters.")
             log(records)
@@ -1740,11 +1726,11 @@ class Worker:
             text, whole = bytearray(), ""  # which may be large
             reason = (f"text is not UTF-8 at byte offset {why.start}" if isinstance(why, UnicodeDecodeError) else
                       "not enough memory" if isinstance(why, MemoryError) else str(why))
-            log(records + record("-", f"Client: {client}; Refused: {reason}."))
+            log(records + record("-", f"Client: {client.name}; Refused: {reason}."))
             records, reply = "", b"%d error: %b\n" % (self.pid, reason.encode())
         except OSError as why:
             if text:
-                log(records + record("-", f"Client: {client}; Lost: {why.strerror or why}.")
+                log(records + record("-", f"Client: {client.name}; Lost: {why.strerror or why}.")
                     + record("-", "Client Query Processing Ended.", self.pid))
             else:
                 self.requests_left += 1
@@ -1753,20 +1739,18 @@ class Worker:
 
         # Answer.
         try:
-            sent = send(connection, reply)
+            sent = send(connection, reply)  # nearly always all of it
             if sent < len(reply):
-                until = self.clock.seconds + self.settings.timeout
-                with memoryview(reply) as whole_reply:
-                    while sent < len(reply):
-                        yield OUT, until, len(reply)
-                        sent += send(connection, whole_reply[sent:])
-                        if sent < len(reply) and self.clock.seconds >= until:
-                            raise TimeoutError("timed out")
+                until, rest = self.clock.seconds + self.settings.timeout, memoryview(reply)[sent:]
+                while rest:
+                    if self.clock.seconds >= until:
+                        raise TimeoutError("timed out")
+                    yield OUT, until, len(reply)
+                    rest = rest[send(connection, rest):]
             if not half_closed:  # to close with data unread resets the connection (RFC 2525, 2.17), reply and all
                 connection.shutdown(socket.SHUT_WR)
-                reply = b""
-                until = self.clock.seconds + self.settings.timeout
-                quiet = self.clock.seconds + 1.0
+                reply, rest = b"", memoryview(b"")  # which may be large
+                until, quiet = self.clock.seconds + self.settings.timeout, self.clock.seconds + 1.0
                 while self.clock.seconds < min(until, quiet):
                     yield IN, min(until, quiet), 0
                     piece = receive(connection)
@@ -1775,7 +1759,7 @@ class Worker:
                     elif piece is not None:
                         break
         except OSError as why:
-            log(record("-", f"Client: {client}; Reply Not Taken: {why.strerror or why}."))
+            log(record("-", f"Client: {client.name}; Reply Not Taken: {why.strerror or why}."))
         log(record("-", "Client Query Processing Ended.", self.pid))
 
     def handle(self, text: str) -> bytes:
@@ -1860,14 +1844,17 @@ def readable(file: int | socket.SocketType, seconds: float) -> bool:
 
 
 def buffered_files() -> list[weakref.ref[Any]]:
-    """The files that may have to be written yet: those with buffers of any kind."""
+    """The files that may have to be written yet: those with buffers of any kind.
+
+    gc.freeze() hides from gc.get_objects() what existed before, so those of the import are collected in time.
+    """
     objects = gc.get_objects()
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
     return [weakref.ref(each) for each in objects if type(each) in kinds]
 
 
 def disown() -> None:
-    """In a worker: what the handler's module has begun when it was imported is the generation's to end."""
+    """Forget what the module started at import: the generation, not each worker, ends it."""
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]  # temporary directories, for instance
@@ -1877,7 +1864,7 @@ def disown() -> None:
 def end_as_python_does(files: list[weakref.ref[Any]], threads: bool = True) -> None:
     """Join THREADS and shut down pools, call what is registered with atexit, write and close FILES and newer ones.
 
-    That is what the interpreter does at its end, but for taking apart all modules, which would copy every page that
+    That is what the interpreter does at its end, but for tearing down every module, which would copy every page that
     this process shares.  multiprocessing ends its processes by the same two private functions.
     """
     if threads and "threading" in sys.modules:
@@ -1959,17 +1946,13 @@ def log(records: str) -> None:
 
 def record(mark: str, message: str, pid: int = 0) -> str:
     """A line of the log: MARK is * for the life of processes, - for requests.  MESSAGE must be printable."""
-    return f"{timestamp(time.time_ns() // 1_000_000)} {mark} {pid or os.getpid()} {message}\n"
+    second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
+    return f"{timestamp(second) % millisecond} {mark} {pid or os.getpid()} {message}\n"
 
 
-@functools.lru_cache(maxsize=1)  # several records share a moment, and many a second
-def timestamp(milliseconds: int) -> str:
-    second, millisecond = divmod(milliseconds, 1000)
-    return whole_second(second) % millisecond
-
-
-@functools.lru_cache(maxsize=1)
-def whole_second(second: int) -> str:
+@functools.lru_cache(maxsize=1)  # a second has many records
+def timestamp(second: int) -> str:
+    """The time of a record, whose milliseconds are left to be filled in."""
     return time.strftime("%Y-%m-%dT%H:%M:%S.%%03d%z", time.localtime(second))
 
 

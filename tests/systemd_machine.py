@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -88,6 +89,8 @@ class LoadInside(Load):
 
 def install(machine: Machine) -> None:
     """What `pip install .` puts below the virtual environment /opt/daemontest, without a network."""
+    if sysconfig.get_config_var("Py_ENABLE_SHARED"):  # and is to be found where this Python is now
+        machine.do("echo /opt/python/lib > /etc/ld.so.conf.d/python.conf && ldconfig")
     machine.do(f"{PYTHON} -m venv --without-pip /opt/daemontest")
     packages = machine.root / f"opt/daemontest/lib/{Path(PYTHON).name}/site-packages"
     for package in (daemon, lockfile):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import DAEMON, DEADLINE, Service, wait_until
+from conftest import DAEMON, DEADLINE, ROOT, Service, wait_until
 from readme import block, program
 
 
@@ -24,14 +24,16 @@ class Container:
     """Like `docker run --read-only --tmpfs /tmp` with the README's ENTRYPOINT, but for the network, which is shared."""
 
     def __init__(self, service: Service, *arguments: str, cgroup: Path | None = None) -> None:
-        """ARGUMENTS follow the command.  The service's home can be read at its place."""
+        """ARGUMENTS follow the command.  The service's home can be read in its place."""
         self.service = service
         entrypoint = re.search(r"^ENTRYPOINT (.*)$", block("USER nobody"), re.MULTILINE)
         assert entrypoint
         self.command = json.loads(entrypoint[1])
+        seen = [str(path) for path in (ROOT, sys.prefix, sys.base_prefix, service.home)]  # though it may lie in /tmp
         jail = [program("bwrap"), "--unshare-all", "--share-net", "--as-pid-1", "--die-with-parent",
                 "--uid", "65534", "--gid", "65534", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc",
-                "--tmpfs", "/tmp", "--ro-bind", service.home, service.home, "--setenv", "HOME", "/nonexistent"]
+                "--tmpfs", "/tmp", *(word for path in seen for word in ("--ro-bind", path, path)),
+                "--setenv", "HOME", "/nonexistent"]
         trial = subprocess.run([*jail, "true"], capture_output=True, text=True, timeout=DEADLINE)
         if trial.returncode:
             pytest.skip(f"bubblewrap does not work here: {trial.stderr.strip()}")

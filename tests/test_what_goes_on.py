@@ -58,6 +58,7 @@ def test_a_reload_that_fails_counts_as_a_generation_that_has_not_served(service:
     service.configure("handler = 'missing:handle'")
     os.kill(manager, signal.SIGHUP)
     service.wait_for_records("Nothing Changed")
+    wait_until(lambda: service.generations() == {generation}, "the one that failed to go")
     assert ask_what_goes_on(service, 1).keys() == workers
     [told] = service.records("Generation ")
     assert told["message"].startswith("Generation 1: ")
@@ -150,7 +151,7 @@ def test_it_changes_nothing_however_often_it_is_asked(service: Service) -> None:
 @pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="processes are named by Linux's /proc")
 def test_ps_tells_the_processes_apart(service: Service) -> None:
     manager = service.start("-w", "2")
-    for number in (1, 2):
+    for _ in range(2):
         names = {manager: "daemontest-mngr"}
         names |= dict.fromkeys(service.generations(), "daemontest-gen")
         names |= dict.fromkeys(service.workers(), "daemontest-work")
