@@ -343,7 +343,7 @@ def start(read: Callable[[], Settings], detach: bool) -> None:
     pid_file.claim()
     try:
         # Listen.
-        listener, ours = open_listener(settings)
+        listener, ours = open_listener(settings, 2.0 if pid_file.was_left_over else 0.0)
         log_file = open_log(settings.log_file, terminal)
 
         # Detach.
@@ -410,8 +410,11 @@ def outcome_of(manager: socket.socket) -> tuple[str, int, str]:
     return outcome, int(pid), told
 
 
-def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
-    """The one listening socket, and whether it is ours or the service manager's (sd_listen_fds(3)).  Raises Failure."""
+def open_listener(settings: Settings, seconds: float) -> tuple[socket.socket, bool]:
+    """The one listening socket, and whether it is ours or the service manager's (sd_listen_fds(3)).  Raises Failure.
+
+    Waits some SECONDS for a port that is taken: by the workers of a manager that has just been killed.
+    """
     names = ("FDS", "PID", "FDNAMES", "PIDFDID")  # none of which is for the handler
     handed_over, for_whom, *_ = (os.environ.pop(f"LISTEN_{name}", "") for name in names)
     if handed_over and for_whom == str(os.getpid()):
@@ -428,7 +431,14 @@ def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
         if settings.bind:
             found: list[Any] = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
             family, _, _, _, address = min(found)  # IPv4, if the name has such an address
-        return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual), True
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual), True
+            except OSError as why:
+                if why.errno != errno.EADDRINUSE or time.monotonic() >= end:
+                    raise
+            time.sleep(0.02)
 
 
 def close_listener(listener: socket.socket, for_everybody: bool) -> None:
@@ -451,6 +461,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     """
 
     lock: io.FileIO  # the manager's
+    was_left_over = False  # when it was claimed
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -476,7 +487,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 file = self.opened(os.O_RDWR | os.O_CREAT)
                 if not flocked(file, fcntl.LOCK_SH):
                     raise Failure(f"cannot start: already running (PID file {self.path})")
-                if not re.fullmatch(rb"\s*(\d*|\S{0,32})\s*", file.read(2000)) or file.read(1):
+                content = file.read(2000)
+                self.was_left_over = bool(content)
+                if not re.fullmatch(rb"\s*(\d*|\S{0,32})\s*", content) or file.read(1):
                     raise OSError("not a PID file, since more stands in it than a number")
                 if os.fstat(file.fileno()).st_uid != os.geteuid():
                     os.unlink(self.path)  # left over by another user: only root comes here
@@ -528,8 +541,10 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     os.kill(pid, signum)
                 else:
                     signal.pidfd_send_signal(process, signum)
+                while wait and self.read_pid() == pid:
+                    time.sleep(0.005)
                 if wait:
-                    await_end(pid, process)
+                    await_end(pid)
                 return pid
         raise Failure("not running")
 
@@ -605,14 +620,14 @@ def heard(file: int) -> str | None:
         return ""
 
 
-def await_end(pid: int, process: int | None = None) -> None:
-    """Wait until process PID, by its pidfd PROCESS where there are such (pidfd_open(2)), has ended."""
-    with suppress(ProcessLookupError):
-        if process is None and pid and hasattr(os, "pidfd_open"):
+def await_end(pid: int) -> None:
+    """Wait until process PID, which is ending, has ended, where a descriptor can tell (pidfd_open(2))."""
+    if pid and hasattr(os, "pidfd_open"):
+        with suppress(ProcessLookupError):
             process = os.pidfd_open(pid)
-        while pid and (process is None or not readable(process, 60.0)):
-            os.kill(pid, 0)
-            time.sleep(0.005)
+            while not readable(process, 60.0):
+                pass
+            os.close(process)
 
 
 def retries() -> Iterator[None]:
@@ -1225,7 +1240,7 @@ class Generation:
             os._exit(1)
         self.settle(handler)
         self.supervise()
-        close_listener(self.listener, self.listener_is_ours and self.manager_is_gone)
+        self.listener.close()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # no longer should what the module has left behind keep it
         end_as_python_does([], threads=False)
@@ -1285,6 +1300,7 @@ class Generation:
                 self.manager_is_gone = True
                 self.board.head[Board.STOPPING] = True
                 self.leave()
+                close_listener(self.listener, self.listener_is_ours)  # for the next start, also beside a hung worker
 
     def spawn_missing(self) -> None:
         """Fork workers for those that are missing, as far as there is room for them."""

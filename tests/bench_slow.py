@@ -96,13 +96,12 @@ def measure_crowd(clients: Pool, server: Server, kind: Kind, count: int, request
 # ---- Those who are slow themselves --------------------------------------------------
 
 
-def served_of_possible(kind: Kind, count: int, seconds_each: float, size: int, seconds: float = 6.0) -> float:
+def served_of_possible(kind: Kind, count: int, seconds_each: float, size: int, seconds: float = 8.0) -> float:
     """How many are served, COUNT at a time, of as many as there could be if they waited for nothing but their lines."""
     with running(PLAIN) as (port, _), Crowd(port, kind, count, come_back=True, waits=False) as crowd:
-        time.sleep(2.0)  # until the first have been served
-        before, began = len(crowd.replies), time.perf_counter()
         time.sleep(seconds)
-        rate = (len(crowd.replies) - before) / (time.perf_counter() - began)
+        whole_rounds = crowd.replied_at[:len(crowd.replied_at) // count * count]  # since all come at the same time
+        rate = (len(whole_rounds) - count) / (whole_rounds[-1] - whole_rounds[count - 1])
         if lost(crowd, size):
             raise ValueError(f"{kind.__name__}: {lost(crowd, size)} lost: {crowd.failures[:3]}")
     return rate / (count / seconds_each)

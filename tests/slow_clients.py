@@ -49,7 +49,7 @@ class Client:
         await asyncio.get_running_loop().sock_sendall(self.socket, data)
 
     async def delivered(self) -> None:
-        """Wait until the kernel has delivered all that was sent: its own buffer would hide a slow line's pace."""
+        """Wait until the kernel has delivered all that was sent; otherwise its buffer would hide a slow line's pace."""
         while struct.unpack("i", fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)))[0]:
             await asyncio.sleep(0.005)
 
@@ -157,10 +157,15 @@ async def sending_without_end(client: Client) -> bytes:
 async def slow_line(client: Client) -> bytes:
     """Needs 1.4 s to deliver a text that does not fit into the buffers on the way."""
     await client.connect()
+    clock = asyncio.get_running_loop().time
+    due = clock()
     for _ in range(PIECES):
         await client.send(PIECE)
-        await asyncio.sleep(PAUSE)
+        due += PAUSE
+        await asyncio.sleep(due - clock())
         await client.delivered()
+        if clock() > due + 0.005:  # the line had to wait, and does not make up for it
+            due = clock()
     client.half_close()
     return await client.reply()
 
@@ -196,6 +201,7 @@ class Crowd:
         self.port, self.kind, self.count, self.come_back, self.waits = port, kind, count, come_back, waits
         self.text, self.patience = text, patience
         self.replies: list[bytes] = []
+        self.replied_at: list[float] = []
         self.failures: list[str] = []
         self.numbers = itertools.count()
         self.come = 0
@@ -239,6 +245,7 @@ class Crowd:
             client = Client(self, next(self.numbers))
             try:
                 self.replies.append(await self.kind(client))
+                self.replied_at.append(time.monotonic())
             except OSError as why:
                 self.failures.append(f"{type(why).__name__}: {why}")
                 await asyncio.sleep(0.01)

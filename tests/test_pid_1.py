@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -207,5 +208,10 @@ def test_a_process_1_that_reaps_nobody_hinders_neither_reload_nor_stop(service: 
 
 def named(service: Service, name: str) -> int:
     """The service's only process with NAME."""
-    [found] = [pid for pid in service.processes() if psutil.Process(pid).name() == name]
-    return found
+    found = []
+    for pid in service.processes():
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).name() == name:
+                found.append(pid)
+    [only] = found
+    return only

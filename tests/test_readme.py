@@ -463,7 +463,7 @@ def test_the_processes_have_the_names_shown(service: Service) -> None:
     if sys.platform != "linux":
         pytest.skip("names are Linux's own")
     program("ps")
-    shown = block("$ ps -A -o pid,ppid,comm | grep 'daemontest '").strip().split("\n")
+    shown = block("$ ps -A -o pid,ppid,comm | grep daemontest-").strip().split("\n")
     manager = service.start("-w", "2")
     ours = {str(pid) for pid in [manager, *service.generations(), *service.workers()]}
     told = subprocess.run(["sh", "-c", shown[0].removeprefix("$ ")], capture_output=True, text=True, timeout=50).stdout

@@ -9,6 +9,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Gate, Load, Service, read_all, wait_until
 
@@ -110,7 +111,7 @@ def test_it_tells_for_how_long_a_handler_has_been_running_and_which_worker_leave
         assert time.monotonic() - began + 0.1 >= float(later["seconds"]) >= 0.4
         assert time.monotonic() - running >= 0.5
         os.kill(manager, signal.SIGHUP)
-        wait_until(lambda: len(service.workers() - {busy, idle}) == 2 and idle not in service.workers(), "a reload")
+        wait_until(lambda: len(service.workers() - {busy, idle}) == 2 and not psutil.pid_exists(idle), "a reload")
         told = ask_what_goes_on(service, 3)
         assert {worker for worker, match in told.items() if match["leaving"]} == {busy}
         assert told[busy]["seconds"]

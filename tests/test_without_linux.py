@@ -87,11 +87,11 @@ def test_workers_are_recycled_and_none_is_lost_slow_or_not(service: Service) -> 
 
 
 def test_it_reloads_at_a_signal_and_by_the_command(service: Service) -> None:
-    manager = start(service, "-w", "2")
-    with Load(service, 2) as load:
-        sender = SlowSender(service.connect())
-        worker = wait_until(lambda: keeper(service, sender), "it in hand")
-        old = service.workers()
+    manager = start(service, "-w", "2", "-n", "1000000", "--timeout", "60")
+    old = service.workers()
+    sender = SlowSender(service.connect())
+    worker = wait_until(lambda: keeper(service, sender), "it in hand")
+    with Load(service, 2, pause=0.005) as load:
         os.kill(manager, signal.SIGHUP)
         wait_until(lambda: len(service.workers() - old) == 2, "new workers")
         assert sender.finish() == f"{worker} your text size: 2101\n"
