@@ -482,10 +482,13 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def claim(self) -> None:
         """Take the lock for the manager to be.  Raises Failure."""
+        killed_by = time.monotonic() + 0.25  # a manager that has just been killed may need a moment to end
         with failing_to(f"use PID file {self.path}"):
             for _ in retries():
                 file = self.opened(os.O_RDWR | os.O_CREAT)
                 if not flocked(file, fcntl.LOCK_SH):
+                    if time.monotonic() < killed_by:
+                        continue
                     raise Failure(f"cannot start: already running (PID file {self.path})")
                 content = file.read(2000)
                 self.was_left_over = bool(content)

@@ -1,6 +1,6 @@
 """The tables of bench.py --slow: daemontest with slow clients, and what the next client of other servers waits.
 
-Every figure is compared with one of the same service without slow clients, measured a moment before.
+Each is compared with the same service without slow clients, in the same run, or with what would be possible.
 """
 
 from __future__ import annotations
@@ -82,13 +82,16 @@ def beside(clients: Pool, port: int, requests: int) -> dict[str, float]:
 
 
 def measure_crowd(clients: Pool, server: Server, kind: Kind, count: int, requests: int) -> dict[str, float]:
-    """The columns of a row, compared with the same service alone."""
-    with running(server) as (port, _):
-        load(clients, port, POEM, WARM_UP)
-        alone = beside(clients, port, requests)
+    """The columns of a row, compared with the same service alone: the mean of a moment before and one after."""
+    with running(server) as (port, process):
+        load(clients, port, POEM, requests)
+        before = beside(clients, port, requests)
         with Crowd(port, kind, count, come_back=True, text=b"reply 10000000", patience=12.0):
             time.sleep(SETTLE)
             row = beside(clients, port, requests)
+        at_rest(process)
+        after = beside(clients, port, requests)
+    alone = {column: (before[column] + after[column]) / 2 for column in before}
     return row | {"later by ms": row["next text ms"] - alone["next text ms"],
                   "of those alone": row["requests/s"] / alone["requests/s"]}
 
