@@ -1666,6 +1666,7 @@ class Worker:
             self.place[Board.IN_HAND] = len(self.in_hand)
             self.held -= client.held
             self.poller.unregister(client.descriptor)  # closing it is not enough if the handler has forked
+            client.conversation = iter(())  # which knows its client, and so would keep it, and what it holds
         client.connection.close()  # which sends what was held back, in one packet with the end
 
     def late(self) -> list[int]:
