@@ -313,7 +313,11 @@ def cpu_seconds(pids: set[int]) -> float:
 
     The number of a process's clock on Linux is that of clock_getcpuclockid(3).
     """
-    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+    used = 0.0
+    for pid in pids:
+        with suppress(OSError):  # it has gone
+            used += time.clock_gettime(~pid << 3 | 2)
+    return used
 
 
 def at_rest(pids: set[int]) -> bool:
