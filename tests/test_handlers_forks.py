@@ -105,7 +105,8 @@ def test_no_client_of_a_worker_that_has_died_is_kept_waiting(service: Service, f
     assert alive(apart)
     for _ in range(3):
         assert service.ask("x").endswith(" the worker's\n")
-    assert len(service.records(r"Child Process Died\. \(SIGKILL")) == len(FORKS)
+    died = service.wait_for_records(r"Child Process Died\. \(SIGKILL", len(FORKS))
+    assert {int(match["pid"]) for match in died} == {worker for _, worker in forks.made()}
 
 
 def test_no_client_in_the_hand_of_a_worker_that_is_killed_is_kept_waiting(service: Service, forks: Forks) -> None:
