@@ -920,7 +920,8 @@ class Manager:
         self.born += 1
         self.generations.append(generation)
         log(record("*", "Loading configuration.", generation.pid))
-        os.write(generation.alive, b"begin\n")  # only now that its PID is known here and its beginning recorded
+        with suppress(BrokenPipeError):  # it has been killed already
+            os.write(generation.alive, b"begin\n")  # only now that its PID is known here and its beginning recorded
 
     # -- what the loop waits for --
 
@@ -952,7 +953,7 @@ class Manager:
             if outcome == "up":
                 self.take_over(generation)
             elif outcome:
-                generation.state = State.GIVEN_UP
+                generation.state, generation.kill_at = State.GIVEN_UP, self.clock.seconds + GIVE_UP_AFTER
                 self.loading_failed(generation.number, outcome, generation.log_file is None)
             generation.silent = outcome == ""
 
