@@ -1456,6 +1456,7 @@ class Worker:
     look_at = math.inf  # on the clock: when somebody in hand may be late
     handled = 0.0  # s that the handler has taken since the clock was last read
     gave_way = 0  # times in a row
+    latest, latest_until = -1, 0.0  # the client taken in hand last, and until when the rest of its text is expected
     queued_at = 0.0  # on the clock: when the listener was registered
     parted_at, parted = -math.inf, 0  # when a client parted with was last recorded, and how many have been since
 
@@ -1599,10 +1600,16 @@ class Worker:
         return True
 
     def gives_way(self) -> bool:
-        """Whether to leave a new client, for a moment, to an idle worker that has been woken but not scheduled yet."""
-        free = (place[Board.STATE] == Board.SERVING and not place[Board.CALLED] and not place[Board.IN_HAND]
-                for place in self.board.places)
-        if not self.foreign or self.gave_way == GIVE_WAY_TIMES or not any(free):
+        """Whether to leave a new client, for a moment, to another worker, since a handler would delay those in hand.
+
+        To one that has nobody in hand: it has been woken, but not scheduled yet.  And to any that runs no handler while
+        the text of this worker's latest client is still coming, as its half-close nearly always does at once.
+        """
+        others = [place for place in self.board.places
+                  if place is not self.place and place[Board.STATE] == Board.SERVING and not place[Board.CALLED]]
+        idle = any(not place[Board.IN_HAND] for place in others)
+        expecting = bool(others) and self.clock.seconds < self.latest_until and self.latest in self.in_hand
+        if not self.foreign or self.gave_way == GIVE_WAY_TIMES or not (idle or expecting):
             self.gave_way = 0
             return False
         self.gave_way += 1
@@ -1658,6 +1665,7 @@ class Worker:
         self.in_hand[client.descriptor] = client
         self.place[Board.IN_HAND] = len(self.in_hand)
         client.events, client.held = events, 0
+        self.latest, self.latest_until = client.descriptor, self.clock.seconds + 2 * A_MOMENT
         self.poller.register(client.descriptor, events)
         self.queue_behind()
 

@@ -138,7 +138,7 @@ def suspend(pids: list[int], seconds: float) -> None:
 
 
 def test_a_service_that_was_suspended_answers_what_it_had_in_hand(service: Service) -> None:
-    manager = start(service, "-w", "3", "--timeout", "1", "--handler-timeout", "2.5", "--grace", "1")
+    manager = start(service, "-w", "3", "--timeout", "2", "--handler-timeout", "2.5", "--grace", "1")
     workers, generations = service.workers(), service.generations()
     sender, _ = slow_sender(service)
     with ThreadPoolExecutor() as pool:
@@ -152,7 +152,7 @@ def test_a_service_that_was_suspended_answers_what_it_had_in_hand(service: Servi
 
 
 def test_a_service_that_was_suspended_while_it_stopped_answers_what_it_had_in_hand(service: Service) -> None:
-    manager = start(service, "-w", "2", "--timeout", "1", "--grace", "1.5")
+    manager = start(service, "-w", "2", "--timeout", "2", "--grace", "2.5")
     workers, generations = service.workers(), service.generations()
     sender, _ = slow_sender(service)
     with ThreadPoolExecutor() as pool:
