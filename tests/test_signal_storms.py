@@ -62,9 +62,8 @@ def test_100_hups_and_terms_to_workers_under_load_lose_no_request(service: Servi
     assert terms > 50
     assert most <= 2 * WORKERS
     assert generations == 2
-    wait_until(lambda: len(children(manager)) == 1, "the last old generation to go")
-    wait_until(lambda: len(service.workers(manager)) == WORKERS, f"{WORKERS} workers")
-    assert all(is_new(service, pid) for pid in service.workers(manager))
+    wait_until(lambda: len(children(manager)) == 1 and len(service.workers(manager)) == WORKERS
+               and all(is_new(service, pid) for pid in service.workers(manager)), "new workers, and no others")
     wait_until(lambda: service.processes() == {manager, *children(manager), *service.workers(manager)},
                "no other processes")
     assert len(service.records("Child Process Died")) == 0
