@@ -1613,7 +1613,10 @@ class Worker:
             self.gave_way = 0
             return False
         self.gave_way += 1
-        time.sleep(A_MOMENT)
+        if expecting:
+            readable(self.latest, A_MOMENT)
+        else:
+            time.sleep(A_MOMENT)
         return True
 
     def leave(self) -> None:
