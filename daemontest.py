@@ -1447,6 +1447,7 @@ class Worker:
     serving = True  # accepts clients
     told_to_leave = False
     caught = False  # SIGTERM
+    used_up = False  # the handler keeps so many descriptors open that it would soon fail
     stopping = False  # the service stops, so clients that have not sent a byte are let go
     in_fork = False  # this is a process that the handler has forked
     place: memoryview[float] = memoryview(b"").cast("d")  # on the board; empty, and so false, in the generation
@@ -1553,6 +1554,9 @@ class Worker:
             for descriptor in (*ready, *self.late()):
                 if client := self.in_hand.get(descriptor):
                     self.go_on(client)
+
+            if self.used_up and self.serving:
+                self.leave()  # without another client: the handler would fail it
 
             # Wait.
             if self.serving or self.in_hand:
@@ -1824,7 +1828,7 @@ class Worker:
         kept_open = self.lowest_free_descriptor() - self.own_descriptors - len(self.in_hand)
         if 2 * kept_open > self.most_clients and not self.told_to_leave:
             log(record("*", "Handler Keeps Descriptors Open."))
-            self.told_to_leave = True
+            self.told_to_leave = self.used_up = True
 
     def lowest_free_descriptor(self) -> int:
         try:
