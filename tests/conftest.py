@@ -156,6 +156,11 @@ class Service:
         """The living generations: the manager's children."""
         return self.children(manager or self.manager())
 
+    def generation(self) -> int:
+        """The one generation, once there is no other."""
+        found: list[int] = wait_until(lambda: len(living := [*self.generations()]) == 1 and living, "one generation")
+        return found[0]
+
     def workers(self, manager: int | None = None) -> set[int]:
         """The living workers of all generations."""
         return set().union(*map(self.children, self.generations(manager)))

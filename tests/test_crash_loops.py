@@ -164,7 +164,7 @@ FAILURE = "cannot fork a worker: Resource temporarily unavailable"
 
 def test_a_fork_that_fails_is_logged_and_tried_again(service: Service, limit: Callable[..., None]) -> None:
     manager = service.start("-w", "2")
-    [generation] = service.generations()
+    generation = service.generation()
     limit("2")
     staying, leaving = service.workers()
     os.kill(leaving, signal.SIGTERM)
@@ -216,7 +216,7 @@ def test_a_generation_that_cannot_be_forked_anew_is_tried_again(
         service: Service, limit: Callable[..., None]) -> None:
     service.expected += [r"Generation Died\. \(SIGKILL\)", "Generation Failed: cannot fork a generation: "]
     manager = service.start("-w", "2")
-    [generation] = service.generations()
+    generation = service.generation()
     limit("1")
     os.kill(generation, signal.SIGKILL)
     [failed, *_] = service.wait_for_records("Generation Failed: ", 2)

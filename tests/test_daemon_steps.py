@@ -134,7 +134,7 @@ def opened_beside_the_usual(pid: int) -> tuple[dict[str, set[int]], list[str]]:
 
 
 def test_every_descriptor_of_the_manager_is_explained(daemon: Daemon) -> None:
-    manager, [generation] = daemon.service.manager(), daemon.service.generations()
+    manager, generation = daemon.service.manager(), daemon.service.generation()
     pipes, others = opened_beside_the_usual(manager)
     assert others == [str(daemon.service.pid_file)]
     # By one a signal ends its wait, one tells the generation that the manager is gone, one brings its word.
@@ -146,7 +146,7 @@ def test_every_descriptor_of_the_manager_is_explained(daemon: Daemon) -> None:
 
 
 def test_every_descriptor_of_the_generation_is_explained(daemon: Daemon) -> None:
-    [generation] = daemon.service.generations()
+    generation = daemon.service.generation()
     pipes, others = opened_beside_the_usual(generation)
     assert others in ([], ["/"])  # the working directory; not the PID file
     # Those of the manager; one by which a signal ends its wait; one that tells the workers that the generation is gone.
@@ -154,7 +154,7 @@ def test_every_descriptor_of_the_generation_is_explained(daemon: Daemon) -> None
 
 
 def test_every_descriptor_of_a_worker_is_explained(daemon: Daemon) -> None:
-    [generation] = daemon.service.generations()
+    generation = daemon.service.generation()
     managers, generations = (set(opened_beside_the_usual(pid)[0]) for pid in (daemon.service.manager(), generation))
     for worker in daemon.service.workers():
         pipes, others = opened_beside_the_usual(worker)

@@ -16,15 +16,9 @@ TWO = "def handle(text):\n    return 'two'"
 BROKEN = "raise RuntimeError('no good')"
 
 
-def only_generation(service: Service) -> int:
-    wait_until(lambda: len(service.generations()) == 1, "one generation")
-    [generation] = service.generations()
-    return generation
-
-
 def serving_generation(service: Service) -> int:
     """The only generation, when the manager knows that it is up."""
-    generation = only_generation(service)
+    generation = service.generation()
 
     def told() -> bool:
         os.kill(service.manager(), signal.SIGUSR1)
@@ -52,7 +46,7 @@ def seconds_between(first: dict[str, str], second: dict[str, str]) -> float:
 
 def test_the_manager_has_a_generation_which_has_the_workers(service: Service) -> None:
     manager = service.start("-w", "3")
-    generation = only_generation(service)
+    generation = service.generation()
     workers = service.workers()
     assert len(workers) == 3
     assert service.processes() == {manager, generation, *workers}
@@ -74,7 +68,7 @@ def handle(text):
     manager = service.start("-w", "2", "-n", "1", "--handler", "service:handle")
     imports = ""
     for _ in range(2):
-        generation = only_generation(service)
+        generation = service.generation()
         imports += f"{generation} {manager}\n"
         replies = [service.ask("x").split() for _ in range(5)]
         assert len({worker for worker, *_ in replies}) == 5
@@ -86,10 +80,10 @@ def handle(text):
 
 def test_the_coming_and_going_of_generations_is_told_in_few_words(service: Service) -> None:
     manager = service.start("-w", "1")
-    first, [old] = only_generation(service), service.workers()
+    first, [old] = service.generation(), service.workers()
     os.kill(manager, signal.SIGHUP)
     [new] = service.wait_for_new_workers({old})
-    second = only_generation(service)
+    second = service.generation()
     assert service.stop().returncode == 0
     assert messages(service, manager) == [
         "Daemon Server Started. Prefork Workers: 1.", "Max Requests per Child: 100", f"Manager Process ID: {manager}",
@@ -118,7 +112,7 @@ def test_the_last_generation_is_told_to_leave_when_the_next_is_up_and_never_befo
 def test_hups_that_come_while_a_generation_leaves_wait_for_it_and_are_one(service: Service) -> None:
     gate = Gate(service)
     manager = service.start("-w", "2", *gate.arguments)
-    first, old = only_generation(service), service.workers()
+    first, old = service.generation(), service.workers()
     with service.connect() as client:
         client.sendall(b"x\n")
         [busy] = gate.wait_for()
@@ -164,7 +158,7 @@ def test_thirty_reloads_leave_neither_descriptors_nor_zombies_nor_memory_behind(
     process = psutil.Process(manager)
 
     def reload() -> None:
-        generation, workers = only_generation(service), service.workers()
+        generation, workers = service.generation(), service.workers()
         os.kill(manager, signal.SIGHUP)
         wait_until(lambda: generation not in service.generations() and not workers & service.workers()
                    and service.workers(), "a reload")
@@ -173,7 +167,7 @@ def test_thirty_reloads_leave_neither_descriptors_nor_zombies_nor_memory_behind(
     opened, memory = process.num_fds(), process.memory_full_info().uss
     for _ in range(30):
         reload()
-    only_generation(service)
+    service.generation()
     wait_until(lambda: process.num_fds() <= opened, f"no more than {opened} descriptors")
     wait_until(lambda: not zombies(manager), "the last one to be reaped")
     assert process.memory_full_info().uss < memory + 500e3
@@ -219,7 +213,7 @@ def test_the_workers_of_one_that_dies_finish_what_they_have_and_leave(service: S
     service.expected.append(r"Generation Died\. \(SIGKILL\)")
     gate = Gate(service)
     manager = service.start("-w", "3", *gate.arguments)
-    generation, workers = only_generation(service), service.workers()
+    generation, workers = service.generation(), service.workers()
     with service.connect() as client:
         client.sendall(b"x\n")
         [busy] = gate.wait_for()
@@ -247,7 +241,7 @@ def test_one_that_cannot_be_started_anew_is_tried_again_every_second(service: Se
     service.write_handler(ONE)
     manager = service.start("-w", "2", "--handler", "service:handle")
     service.write_handler(BROKEN)
-    os.kill(only_generation(service), signal.SIGKILL)
+    os.kill(service.generation(), signal.SIGKILL)
     failed = service.wait_for_records("Generation Failed: ", 3)
     for match in failed:
         assert match["message"] == "Generation Failed: cannot load handler service:handle: RuntimeError: no good"
@@ -267,7 +261,7 @@ def test_a_hup_does_not_wait_for_the_second_in_which_none_is_there(service: Serv
     service.write_handler(ONE)
     manager = service.start("-w", "1", "--handler", "service:handle")
     service.write_handler(BROKEN)
-    os.kill(only_generation(service), signal.SIGKILL)
+    os.kill(service.generation(), signal.SIGKILL)
     waits = []
     for count in range(1, 4):
         failed = service.wait_for_records("Generation Failed: ", count)[-1]
@@ -284,7 +278,7 @@ def test_a_stop_does_not_wait_for_one_that_cannot_be_started_anew(service: Servi
     service.write_handler(ONE)
     service.start("-w", "1", "--handler", "service:handle")
     service.write_handler(BROKEN)
-    os.kill(only_generation(service), signal.SIGKILL)
+    os.kill(service.generation(), signal.SIGKILL)
     service.wait_for_records("Generation Failed: ")
     began = time.monotonic()
     assert service.stop().returncode == 0
@@ -297,7 +291,7 @@ def test_one_that_dies_while_it_leaves_is_not_started_anew(service: Service) -> 
     service.expected.append(r"Generation Died\. \(SIGKILL\)")
     gate = Gate(service)
     manager = service.start("-w", "1", *gate.arguments)
-    first, [busy] = only_generation(service), service.workers()
+    first, [busy] = service.generation(), service.workers()
     with service.connect() as client:
         client.sendall(b"x\n")
         assert gate.wait_for() == [busy]
@@ -319,7 +313,7 @@ def test_one_that_dies_while_it_leaves_is_not_started_anew(service: Service) -> 
 def test_one_that_does_not_react_is_killed_after_the_grace(service: Service, ending: str) -> None:
     service.expected.append(r"Died\. \(SIGKILL: not done within the grace\)")
     manager = service.start("-w", "2", "--grace", "1")
-    generation, workers = only_generation(service), service.workers()
+    generation, workers = service.generation(), service.workers()
     os.kill(generation, signal.SIGSTOP)
     began = time.monotonic()
     if ending == "stop":
@@ -336,7 +330,7 @@ def test_one_that_does_not_react_is_killed_after_the_grace(service: Service, end
 def test_workers_that_lose_generation_and_manager_at_once_leave(service: Service) -> None:
     service.expected.append(r"Generation Died\. \(SIGKILL\)")  # by a manager that is still quick enough
     manager = service.start("-w", "3")
-    generation = only_generation(service)
+    generation = service.generation()
     for pid in (generation, manager):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not service.processes(), "the workers to leave", 2)

@@ -11,7 +11,7 @@ from conftest import DEADLINE, Service
 
 def test_it_is_imported_once_in_the_generation_which_is_detached_by_then(service: Service) -> None:
     manager = service.start("-w", "3", "-n", "1", *service.use_handler("imported_once"))
-    [generation] = service.generations()
+    generation = service.generation()
     workers = set()
     for _ in range(8):
         told, importer, session, directory, worker = service.ask("x").split()
@@ -58,7 +58,7 @@ def test_a_large_table_is_in_memory_once_for_all_workers(service: Service) -> No
     service.write_handler("TABLE = {str(number): str(-number) for number in range(300_000)}\n"
                           "def handle(text):\n    return TABLE[text]\n")
     manager = service.start("-w", "2", "--handler", "service:handle")
-    [generation] = service.generations()
+    generation = service.generation()
     assert [service.ask(str(number)).split()[1] for number in range(1, 60)] == [str(-n) for n in range(1, 60)]
     table = psutil.Process(generation).memory_full_info().rss
     assert table > 40e6

@@ -108,7 +108,7 @@ def test_after_a_reload_with_hung_workers_new_ones_serve_at_once_and_the_hung_ar
 
 def test_busy_workers_are_never_taken_for_hung(service: Service) -> None:
     manager = service.start("-w", "4", "-n", "1000000")
-    [generation], workers = service.generations(), service.workers(manager)
+    generation, workers = service.generation(), service.workers(manager)
     # Each signal has the generation look after its workers, at another moment of their work.
     signals = f"n=0; while [ $n -lt 3000000 ] && kill -CHLD {generation}; do n=$((n + 1)); done"
     look = subprocess.Popen(["sh", "-c", signals])

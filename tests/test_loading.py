@@ -289,7 +289,7 @@ def test_a_generation_that_dies_during_a_reload_is_followed_by_the_one_that_load
     service.expected.append(r"Generation Died\. \(SIGKILL\)")
     slow = Slow(service)
     manager = service.start("-w", "1", *slow.arguments)
-    [generation], [worker] = service.generations(), service.workers()
+    generation, [worker] = service.generation(), service.workers()
     slow.say("two")
     slow.hold()
     os.kill(manager, signal.SIGHUP)
@@ -355,7 +355,7 @@ def test_signals_count_while_one_is_started_anew(service: Service, hold: str) ->
     service.expected.append(r"Generation Died\. \(SIGKILL\)|Generation Failed: .* the process died \(SIGKILL\)")
     slow = Slow(service)
     manager = service.start("-w", "1", *slow.arguments)
-    [generation] = service.generations()
+    generation = service.generation()
     slow.hold(hold)
     os.kill(generation, signal.SIGKILL)
     importing = slow.wait_for(2)
@@ -367,7 +367,7 @@ def test_signals_count_while_one_is_started_anew(service: Service, hold: str) ->
     if hold == "compute":  # it is still at it
         os.kill(manager, signal.SIGHUP)
     assert replies(service) == {"two\n"}
-    [generation] = service.generations()
+    generation = service.generation()
     slow.hold(hold)
     begun = len(slow.imports())
     os.kill(generation, signal.SIGKILL)

@@ -23,7 +23,7 @@ def logged_texts(service: Service) -> list[list[str]]:
 
 def test_the_life_of_a_service_in_the_words_of_the_original(service: Service) -> None:
     manager = service.start("-w", "1", "-n", "5")
-    [generation], [worker] = service.generations(), service.workers()
+    generation, [worker] = service.generation(), service.workers()
     service.ask("how long?\n")
     service.stop()
     assert [(match["kind"], int(match["pid"]), match["message"]) for match in service.records()] == [

@@ -126,7 +126,7 @@ def test_a_stop_sent_to_all_processes_at_once_is_a_stop(service: Service) -> Non
 
 def test_a_generation_ignores_what_is_for_the_manager(service: Service) -> None:
     manager = service.start("-w", "2")
-    [generation], workers = service.generations(), service.workers()
+    generation, workers = service.generation(), service.workers()
     for _ in range(2):
         send(generation, IGNORED_BY_ALL + FOR_THE_MANAGER)
     assert int(service.ask("x").split()[0]) in workers

@@ -84,7 +84,7 @@ def test_workers_ignore_what_is_not_for_them(service: Service, when: str) -> Non
 
 def test_a_generation_ignores_what_is_not_for_it(service: Service) -> None:
     service.start("-w", "2")
-    [generation] = service.generations()
+    generation = service.generation()
     workers = service.workers()
     for _ in range(2):
         send(generation, IGNORED_BY_WORKERS)

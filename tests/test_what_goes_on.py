@@ -55,7 +55,7 @@ def test_it_names_the_generation_and_since_when(service: Service) -> None:
 def test_a_reload_that_fails_counts_as_a_generation_that_has_not_served(service: Service) -> None:
     service.expected.append("Nothing Changed")
     manager = service.start("-w", "1")
-    [generation], workers = service.generations(), service.workers()
+    generation, workers = service.generation(), service.workers()
     service.configure("handler = 'missing:handle'")
     os.kill(manager, signal.SIGHUP)
     service.wait_for_records("Nothing Changed")
