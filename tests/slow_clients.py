@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import functools
 import itertools
+import math
 import os
 import socket
 import struct
@@ -28,12 +29,19 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0  # s that a crowd may take to be in place, and a slow client to be answered
 BEGINNING = b"x" * 2100  # of a text: so much that only a half-close ends it
+HELD_UP = 0.8  # s of this process's own silence, after which the service may have taken a text for ended (1 s)
 PIECES, PIECE, PAUSE = 14, b"x" * 16384, 0.1  # of a text on a slow line: 1.4 s
 IP_BIND_ADDRESS_NO_PORT = 24  # Linux; in Python's socket module from 3.12 on
 
 
+class HeldUp(Exception):
+    """This process was not scheduled for so long that its client fell silent; what came of it tells nothing."""
+
+
 class Client:
     """One connection of a crowd."""
+
+    sent_at, longest_silence = math.inf, 0.0
 
     def __init__(self, crowd: Crowd, number: int) -> None:
         self.crowd, self.socket = crowd, socket.socket()
@@ -46,7 +54,13 @@ class Client:
         await asyncio.get_running_loop().sock_connect(self.socket, ("127.0.0.1", self.crowd.port))
 
     async def send(self, data: bytes) -> None:
+        self.longest_silence = self.silence()
         await asyncio.get_running_loop().sock_sendall(self.socket, data)
+        self.sent_at = time.monotonic()
+
+    def silence(self) -> float:
+        """For how long at the most it has sent nothing."""
+        return max(self.longest_silence, time.monotonic() - self.sent_at)
 
     async def delivered(self) -> None:
         """Wait until the kernel has delivered all that was sent; otherwise its buffer would hide a slow line's pace."""
@@ -118,6 +132,8 @@ async def trickling(client: Client) -> bytes:
         pass
     finally:
         reply.cancel()
+    if client.silence() > HELD_UP:
+        raise HeldUp
     return b""
 
 
@@ -139,9 +155,12 @@ async def sending_on(client: Client) -> bytes:
     await client.send(client.crowd.text)
     await asyncio.get_running_loop().sock_recv(client.socket, 1)  # the refusal has come
     client.in_place()
-    while True:
-        await asyncio.sleep(0.2)
-        await client.send(b"x")
+    try:
+        while True:
+            await asyncio.sleep(0.2)
+            await client.send(b"x")
+    except ConnectionError as why:
+        raise HeldUp if client.silence() > HELD_UP else why from None
 
 
 async def sending_without_end(client: Client) -> bytes:
@@ -192,6 +211,8 @@ async def original(client: Client) -> bytes:
 
 class Crowd:
     """COUNT clients of one KIND at a time.  With COME_BACK, each comes again and again when it has been served.
+
+    One that was held up comes again in any case.
 
     As a context it is in place from the beginning: COUNT clients have said so, if theirs is a kind that does.
     """
@@ -246,6 +267,8 @@ class Crowd:
             try:
                 self.replies.append(await self.kind(client))
                 self.replied_at.append(time.monotonic())
+            except HeldUp:
+                continue
             except OSError as why:
                 self.failures.append(f"{type(why).__name__}: {why}")
                 await asyncio.sleep(0.01)
@@ -280,13 +303,18 @@ class SlowSender:
 
 def in_hand(service: Service, *workers: int) -> int:
     """How many clients the service's workers, or these, have accepted and not closed.  Quick, hence by /proc/PID/fd."""
-    ours = listener(service.manager())
+    ours = listener(service)
     return sum(len(sockets(worker) - ours) for worker in workers or service.workers())
 
 
+def listener(service: Service) -> set[str]:
+    """The sockets of the service's living manager."""
+    return own_sockets(service.manager(), service.mark)
+
+
 @functools.cache
-def listener(manager: int) -> set[str]:
-    """The sockets of the manager's own, as long as it lives."""
+def own_sockets(manager: int, mark: str) -> set[str]:
+    """The sockets of MANAGER's own.  The MARK says which, since another service's manager may have had the same PID."""
     return sockets(manager)
 
 

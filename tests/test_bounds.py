@@ -4,7 +4,7 @@ import re
 import resource
 import time
 from datetime import datetime
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import psutil
 from conftest import Service, wait_until
@@ -21,11 +21,14 @@ def start(service: Service, *arguments: str, descriptors: int | None = None) -> 
 
 
 def assert_at_most_one_record_a_second(service: Service, reason: str) -> int:
-    """In each worker's log; how many clients these records tell of."""
+    """In each worker's log; how many clients these records tell of.
+
+    A worker that is not scheduled between its decision and the record dates that late, so no single pause is sure.
+    """
     records = sorted(service.records(f"Client: 127.0.2.*; Dropped: {reason}"), key=lambda record: record["pid"])
     for _, of_one_worker in groupby(records, key=lambda record: record["pid"]):
         times = [datetime.fromisoformat(record["time"]) for record in of_one_worker]
-        assert all((later - earlier).total_seconds() > 0.9 for earlier, later in pairwise(times)), times
+        assert len(times) - 1 <= (times[-1] - times[0]).total_seconds() + 0.9, times
     return sum(1 + int((re.search(r"\(and (\d+) before\)", record["message"]) or [0, 0])[1]) for record in records)
 
 
@@ -47,7 +50,7 @@ def test_with_64_descriptors_500_stalled_clients_keep_nobody_waiting(service: Se
         for _ in range(5):
             began = time.monotonic()
             assert service.ask("whole\n").endswith(" your text size: 6\n")
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 10  # the stalled ones' timeout is a minute
         wait_until(lambda: len(crowd.replies) + len(crowd.failures) >= 500 - 2 * 64, "most to be dropped")
         assert 0 < in_hand(service, *workers) < 2 * 64
         assert_at_rest(workers)
@@ -106,6 +109,7 @@ def test_bytes_in_hand_are_bounded_however_many_send_large_texts(service: Servic
     with Crowd(service.port, stalled_with_a_mebibyte, 100, waits=False) as crowd:
         wait_until(lambda: len(crowd.replies) + len(crowd.failures) > 80, "most of them to be dropped")
         assert memory(worker) - before < 16 * MIB
+        assert_at_rest({worker})  # all have come: the last ones would drop a text that is slow to be sent
         assert in_hand(service, worker) > 0, "some are still in hand"
         assert service.ask(bytes(MIB)) == f"{worker} your text size: {MIB}\n"
         assert_at_rest({worker})
@@ -119,7 +123,9 @@ def test_bytes_of_replies_that_nobody_reads_are_bounded(service: Service) -> Non
     service.ask("reply 8000000")
     before = memory(worker)
     with Crowd(service.port, not_reading, 60, text=b"reply 8000000", waits=False) as crowd:
-        wait_until(lambda: crowd.come > 50, "most of them to have asked")
+        # All: the last ones would drop a client that is slow to half-close.
+        wait_until(lambda: crowd.come + len(crowd.failures) == 60, "all of them to have asked")
+        assert crowd.come > 50
         assert service.ask("whole\n") == f"{worker} your text size: 6\n"
         assert memory(worker) - before < 60 * MIB, "all of them would be 240 MiB or more"
         assert in_hand(service, worker) > 0
@@ -132,7 +138,9 @@ def test_bytes_of_replies_that_nobody_reads_are_bounded(service: Service) -> Non
 def test_those_who_read_their_replies_get_them_beside_those_who_do_not(service: Service) -> None:
     [worker] = start(service, "-w", "1", "--timeout", "60", "--max-text", str(4 * MIB))
     with Crowd(service.port, not_reading, 30, text=b"reply 8000000", waits=False) as crowd:
-        wait_until(lambda: crowd.come > 20, "most of them to have asked")
+        # All: the last ones would drop a client that is slow to read.
+        wait_until(lambda: crowd.come + len(crowd.failures) == 30, "all of them to have asked")
+        assert crowd.come > 20
         for _ in range(3):
             assert service.ask("reply 8000000") == f"{worker} {8000000 * 'x'}\n"
 
@@ -142,7 +150,7 @@ def test_memory_does_not_grow_with_each_crowd_of_slow_clients(service: Service) 
     grown = []
     for _ in range(5):
         with Crowd(service.port, stalled_with_a_mebibyte, 20):
-            assert memory(worker) > 20 * MIB
+            wait_until(lambda: memory(worker) > 20 * MIB, "the worker to have read what the kernel has taken")
         wait_until(lambda: not in_hand(service, worker), "them to have gone")
         service.ask("whole\n")
         grown.append(memory(worker))
@@ -153,7 +161,7 @@ def test_memory_does_not_grow_with_each_crowd_of_slow_clients(service: Service) 
 
 
 def test_a_text_for_which_there_is_no_memory_is_refused_and_the_worker_lives(service: Service) -> None:
-    [worker] = start(service, "-w", "1", "--max-text", str(200 * MIB))
+    [worker] = start(service, "-w", "1", "--timeout", "60", "--max-text", str(200 * MIB))
     sender = SlowSender(service.connect())
     wait_until(lambda: in_hand(service, worker) == 1, "it in hand")
     address_space = psutil.Process(worker).memory_info().vms + 40 * MIB

@@ -127,6 +127,7 @@ import runpy, socket, sys
 
 class Unlucky(socket.socket):
     def connect(self, address):
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a service of another test may just have used it
         self.bind(address)
         super().connect(address)
         assert self.getpeername() == self.getsockname()

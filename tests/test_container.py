@@ -46,6 +46,7 @@ class Container:
     def __enter__(self) -> Container:
         self.service.wait_for_records("Child Process Started.")
         self.manager, = self.service.children(self.bwrap.pid)
+        wait_until(self.serves, "the start")  # a stop before that would be a failed start
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,6 +54,11 @@ class Container:
             self.bwrap.kill()  # and so process 1, and so all
             self.bwrap.wait(DEADLINE)
         wait_until(lambda: not self.service.processes(), "the container's processes to go")
+
+    def serves(self) -> bool:
+        """Whether the manager knows that its generation is up."""
+        os.kill(self.manager, signal.SIGUSR1)
+        return bool(self.service.records("Generation 1: .* serving"))
 
     def execute(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The daemon's command in the container, like `docker exec`."""
@@ -125,9 +131,8 @@ def test_without_a_place_for_the_pid_file_it_says_so(service: Service) -> None:
 # ---- Memory -----------------------------------------------------------------------------
 
 
-@contextmanager
-def limited_to(megabytes: int) -> Iterator[Path]:
-    """A cgroup whose processes may have so much memory.  Skips where there can be none."""
+def new_group(megabytes: int) -> Path:
+    """A new cgroup whose processes may have so much memory.  Skips where there can be none."""
     for line in Path("/proc/mounts").read_text().split("\n"):
         _, place, kind, options, *_ = [*line.split(" "), *[""] * 4]
         names = {"memory.limit_in_bytes": kind == "cgroup" and "memory" in options.split(","),
@@ -138,12 +143,21 @@ def limited_to(megabytes: int) -> Iterator[Path]:
                 group.mkdir()
                 try:
                     (group / name).write_text(f"{megabytes << 20}\n")
-                    yield group
-                    return
-                finally:
-                    wait_until(lambda group=group: not (group / "cgroup.procs").read_text(), "the cgroup to be empty")
+                except OSError:
                     group.rmdir()
+                    raise
+                return group
     pytest.skip("no cgroup in which to limit memory")
+
+
+@contextmanager
+def limited_to(megabytes: int) -> Iterator[Path]:
+    group = new_group(megabytes)
+    try:
+        yield group
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), "the cgroup to be empty")
+        group.rmdir()
 
 
 def test_at_the_memory_limit_a_worker_is_killed_and_replaced(service: Service) -> None:

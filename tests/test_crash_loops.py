@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def assert_stops(service: Service) -> None:
     began = time.monotonic()
     stopped = service.stop()
     assert (stopped.returncode, stopped.stderr) == (0, "")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # of the grace of 30 s
     assert not service.processes()
 
 
@@ -62,7 +63,7 @@ def test_the_log_names_what_a_worker_died_of_while_others_serve_and_it_is_replac
     service.expected.append("Child Process Died")
     service.write_handler(DEADLY)
     service.start("-w", "4", "--handler", "service:handle")
-    before = service.workers()
+    before, dead = service.workers(), set()
     for count, (text, cause) in enumerate((("kill", "SIGKILL"), ("segv", "SIGSEGV"), ("exit", "exit status 3")), 1):
         try:
             assert service.ask(text) == ""
@@ -71,9 +72,11 @@ def test_the_log_names_what_a_worker_died_of_while_others_serve_and_it_is_replac
         assert service.ask("x").endswith(" x\n")
         died = service.wait_for_records("Child Process Died", count)[-1]
         assert died["message"] == f"Child Process Died. ({cause})"
-        assert int(died["pid"]) in before
+        assert died["pid"] in {record["pid"] for record in service.records("Child Process Started.")}
+        dead.add(int(died["pid"]))
+    assert len(dead) == 3
     wait_until(lambda: len(service.workers()) == 4, "new workers")
-    assert len(service.workers() & before) == 1
+    assert before - service.workers() == before & dead  # a replacement may be among the dead, if this took a second
 
 
 def test_workers_that_die_at_birth_are_forked_at_a_bounded_rate(service: Service) -> None:
@@ -85,8 +88,8 @@ def test_workers_that_die_at_birth_are_forked_at_a_bounded_rate(service: Service
     for worker in service.workers():  # whose places are filled at once, since they leave in good order
         os.kill(worker, signal.SIGTERM)
     service.wait_for_records(r"Child Process Died\. \(exit status 7\)", 6)
-    elapsed = time.monotonic() - began
-    assert len(service.records("Child Process Died")) <= 3 * (elapsed + 2)
+    deaths = len(service.records("Child Process Died"))
+    assert deaths <= 3 * (time.monotonic() - began + 2)
     (service.home / "die").unlink()
     wait_until(lambda: len(service.workers()) == 3, "workers that live")
     assert service.ask("x").endswith(" x\n")
@@ -154,7 +157,8 @@ def limit(service: Service) -> Iterator[Callable[..., None]]:
         service.stop()
     for place in (*filter(Path.is_dir, group.iterdir()), group):
         for pid in (place / "cgroup.procs").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(int(pid), signal.SIGKILL)
         wait_until(lambda: not (place / "cgroup.procs").read_text(), "the control group to be empty")  # noqa: B023
         place.rmdir()
 
@@ -167,17 +171,19 @@ def test_a_fork_that_fails_is_logged_and_tried_again(service: Service, limit: Ca
     generation = service.generation()
     limit("2")
     staying, leaving = service.workers()
+    began = time.monotonic()
     os.kill(leaving, signal.SIGTERM)
     service.wait_for_records(FAILURE, 2)
     first, second = service.records(FAILURE)[:2]
     assert first["pid"] == second["pid"] == str(generation)
-    assert service.workers() == {staying}
+    wait_until(lambda: service.workers() == {staying}, "the other to be gone")
     assert int(service.ask("x").split()[0]) == staying
     limit("max")
     wait_until(lambda: len(service.workers()) == 2, "the missing worker")
     assert staying in service.workers()
     assert (service.manager(), service.generations()) == (manager, {generation})
-    assert len(service.records(FAILURE)) <= 6
+    failures = len(service.records(FAILURE))
+    assert failures <= time.monotonic() - began + 2  # one a second
     assert_stops(service)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Service, serving
+from conftest import Service, serving, wait_until
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at processes through Linux's /proc")
 
@@ -135,8 +135,9 @@ def opened_beside_the_usual(pid: int) -> tuple[dict[str, set[int]], list[str]]:
 
 def test_every_descriptor_of_the_manager_is_explained(daemon: Daemon) -> None:
     manager, generation = daemon.service.manager(), daemon.service.generation()
-    pipes, others = opened_beside_the_usual(manager)
-    assert others == [str(daemon.service.pid_file)]
+    # The connection with the launching command ends a moment after that command.
+    wait_until(lambda: opened_beside_the_usual(manager)[1] == [str(daemon.service.pid_file)], "the PID file alone")
+    pipes, _ = opened_beside_the_usual(manager)
     # By one a signal ends its wait, one tells the generation that the manager is gone, one brings its word.
     assert sorted(pipes.values(), key=sorted) == [READING, OWN, WRITING]
     theirs, _ = opened_beside_the_usual(generation)

@@ -6,7 +6,7 @@ import socket
 
 import psutil
 import pytest
-from conftest import DEADLINE, Service
+from conftest import DEADLINE, Service, alive, read_all, wait_until
 
 
 def test_it_is_imported_once_in_the_generation_which_is_detached_by_then(service: Service) -> None:
@@ -20,6 +20,8 @@ def test_it_is_imported_once_in_the_generation_which_is_detached_by_then(service
         assert directory == "/"
         assert told == worker != importer
         workers.add(worker)
+        # Beside too many that leave, a worker would serve more than one.
+        wait_until(lambda: not alive(int(worker)), "the worker to go")  # noqa: B023
     assert len(workers) == 8  # each served one request, and none of them imported anything
     assert (service.home / "imports").read_text() == "imported\n"
 
@@ -51,7 +53,7 @@ def test_a_connection_opened_at_import_is_usable_by_the_workers(service: Service
                     client.shutdown(socket.SHUT_WR)
                     assert peer.recv(100) == word.encode()
                     peer.sendall(word.upper().encode())
-                    assert client.recv(100).split()[1] == word.upper().encode()
+                    assert read_all(client).split()[1] == word.upper().encode()
 
 
 def test_a_large_table_is_in_memory_once_for_all_workers(service: Service) -> None:

@@ -48,8 +48,8 @@ def test_a_line_is_there_before_the_request_ends(service: Service) -> None:
 def test_no_guard_is_put_around_it(service: Service) -> None:
     service.start("-w", "1", *service.use_handler("prints"))
     service.ask("forgery")
-    assert FORGERY in log_lines(service)
     service.stop()
+    assert FORGERY in log_lines(service)
 
 
 def test_a_print_never_fails_on_a_full_disk_neither(service: Service) -> None:
@@ -70,6 +70,7 @@ def test_whatever_it_does_to_standard_output_it_may_print_at_the_next_request(se
     [worker] = service.workers()
     for how in SPOILT:
         assert [service.ask(how) for _ in range(3)] == [f"{worker} done\n"] * 3, how
+    service.stop()
     assert printed(service) == ["said"] * 3 * len(SPOILT)
 
 
@@ -79,6 +80,7 @@ def test_whatever_its_module_does_to_standard_output_it_may_print_at_a_request(s
     service.start("-w", "1", "--handler", "service:handle")
     [worker] = service.workers()
     assert [service.ask("x") for _ in range(3)] == [f"{worker} done\n"] * 3
+    service.stop()
     assert printed(service) == ["said"] * 3
 
 

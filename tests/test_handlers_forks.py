@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from conftest import Service, alive, read_all, wait_until
@@ -71,7 +72,7 @@ def assert_ends(client: socket.socket) -> None:
 
 
 def test_no_client_of_a_worker_that_has_answered_is_kept_waiting(service: Service, forks: Forks) -> None:
-    service.start("-w", "1", *forks.handler)
+    service.start("-w", "1", "--timeout", "60", *forks.handler)
     [worker] = service.workers()
     with service.connect() as other:
         other.sendall(b"x" * 3000)  # in the worker's hand, and so in that of its forks
@@ -91,15 +92,18 @@ def test_no_client_of_a_worker_that_has_answered_is_kept_waiting(service: Servic
 @pytest.mark.parametrize("death", ["handler timeout", "SIGKILL"])
 def test_no_client_of_a_worker_that_has_died_is_kept_waiting(service: Service, forks: Forks, death: str) -> None:
     service.expected.append(r"Child Process Died\. \(SIGKILL")
-    seconds = "0.5" if death == "handler timeout" else "50"
+    seconds = "2" if death == "handler timeout" else "50"
     service.start("-w", str(len(FORKS)), "--handler-timeout", seconds, *forks.handler)
-    for number, fork in enumerate(FORKS, 1):
-        with service.connect() as client:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(service.connect()) for _ in FORKS]
+        for number, (fork, client) in enumerate(zip(FORKS, clients, strict=True), 1):
             client.sendall(f"{fork} hang".encode())
             client.shutdown(socket.SHUT_WR)
-            _, worker = forks.wait_for(number)
-            if death == "SIGKILL":
+            forks.wait_for(number)
+        if death == "SIGKILL":
+            for _, worker in forks.made():
                 os.kill(worker, signal.SIGKILL)
+        for client in clients:
             assert_ends(client)
     apart = [fork for fork, _ in forks.made()][FORKS.index("os.fork apart")]
     assert alive(apart)
@@ -111,7 +115,7 @@ def test_no_client_of_a_worker_that_has_died_is_kept_waiting(service: Service, f
 
 def test_no_client_in_the_hand_of_a_worker_that_is_killed_is_kept_waiting(service: Service, forks: Forks) -> None:
     service.expected.append(r"Child Process Died\. \(SIGKILL")
-    service.start("-w", "1", *forks.handler)
+    service.start("-w", "1", "--timeout", "60", *forks.handler)
     [worker] = service.workers()
     with service.connect() as client:
         client.sendall(b"x" * 3000)
@@ -174,7 +178,7 @@ def test_a_fork_of_the_handlers_module_keeps_neither_the_port_nor_the_lock(
         assert service.stop().returncode == 0
     else:
         os.kill(manager, signal.SIGKILL)
-        wait_until(lambda: not any(map(alive, served)), "the generation and its workers to go", 2)
+        wait_until(lambda: not any(map(alive, served)), "the generation and its workers to go")
     assert alive(fork)
     assert_port_is_free(service)
     assert_lock_is_free(service)
@@ -182,10 +186,22 @@ def test_a_fork_of_the_handlers_module_keeps_neither_the_port_nor_the_lock(
     assert service.ask("x").endswith(" your text size: 1\n")
 
 
+def wait_until_serving(service: Service, manager: int) -> None:
+    """Wait until MANAGER knows that its generation is up: a stop before that would be a failed start."""
+    before = len(service.records("Generation 1: .* serving"))
+
+    def serves() -> bool:
+        os.kill(manager, signal.SIGUSR1)
+        return len(service.records("Generation 1: .* serving")) > before
+
+    wait_until(serves, "the start")
+
+
 def test_the_port_is_free_when_the_pid_file_is_gone(service: Service) -> None:
     for attempt in range(TIMES):
         daemon = service.foreground("-w", "8", "--log-file", service.log_file)
         service.wait_for_records("Child Process Started.", 8 * (attempt + 1))
+        wait_until_serving(service, daemon.pid)
         assert service.ask("x").endswith(" your text size: 1\n")
         os.kill(daemon.pid, signal.SIGTERM)
         end = time.monotonic() + 20
@@ -203,7 +219,7 @@ def test_the_port_is_free_when_the_pid_file_is_gone(service: Service) -> None:
 @pytest.mark.parametrize("how", ["return", "raise", "exit"])
 def test_a_fork_that_leaves_the_handler_ends_there(service: Service, forks: Forks, how: str) -> None:
     service.expected += ["Handler Failed", "Traceback", "RuntimeError"]
-    service.start("-w", "1", *forks.handler)
+    service.start("-w", "1", "--timeout", "60", *forks.handler)
     [worker] = service.workers()
     with service.connect() as other:
         other.sendall(b"x" * 3000)

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -166,10 +166,10 @@ def test_a_thread_that_it_starts_ends_no_more_than_the_generation(service: Servi
     choose(service, "leaves_later")
     manager = service.start("-w", "2", *HANDLER)
     generation, old = service.generations(), workers(service)
+    choose(service, "nothing")
     (service.home / "now").touch()
     [died] = service.wait_for_records("Generation Died")
     assert {int(died["pid"])} == generation
-    choose(service, "nothing")
     wait_for_reply(service, "it nothing")
     wait_until(lambda: not any(map(alive, old)), "the old workers to leave")
     assert service.manager() == manager
@@ -336,9 +336,10 @@ def test_a_module_beside_the_handler_that_is_named_like_one_of_pythons_is_not_im
     service.configure("workers = 1\nhandler = 'service:handle'")
     manager = service.start()
     for number in (2, 3):
+        old = workers(service)
         service.configure(f"workers = {number}\nhandler = 'service:handle'")
         os.kill(manager, signal.SIGHUP)
-        wait_for_workers(service, number)
+        wait_for_workers(service, number, old)
     assert service.ask("x").endswith(" served\n")
     assert service.run("--reload").returncode == 0
     assert not (service.home / "shadowed").exists()
@@ -359,6 +360,15 @@ def handle(text):
 """
 
 
+def descriptors(pid: int) -> set[tuple[str, str]]:
+    """What the process has open, each with its flags."""
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it has just been closed
+            found.add((os.readlink(file), Path(f"/proc/{pid}/fdinfo/{file.name}").read_text().split()[3]))
+    return found
+
+
 @pytest.mark.skipif(not Path("/proc/self/fdinfo").exists(), reason="looks at descriptors through Linux's /proc")
 def test_the_module_finds_neither_the_lock_nor_the_managers_ends_of_pipes_open(service: Service) -> None:
     service.write_handler(SHOW_DESCRIPTORS)
@@ -366,8 +376,7 @@ def test_the_module_finds_neither_the_lock_nor_the_managers_ends_of_pipes_open(s
     for reloads in range(2):
         words = service.ask("x").split()[1:]
         found = set(zip(words[::2], words[1::2], strict=True))
-        managers = {(os.readlink(file), (Path(f"/proc/{manager}/fdinfo") / file.name).read_text().split()[3])
-                    for file in Path(f"/proc/{manager}/fd").iterdir()}
+        managers = descriptors(manager)
         assert str(service.pid_file) in {name for name, _ in managers}
         assert str(service.pid_file) not in {name for name, _ in found}
         shared = {(name, flags) for name, flags in found & managers if name.startswith("pipe:")}

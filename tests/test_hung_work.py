@@ -56,7 +56,7 @@ def assert_no_reply(connection: socket.socket) -> None:
 
 def assert_killed(service: Service, hung: list[tuple[socket.socket, int]], cause: str) -> None:
     for connection, pid in hung:
-        wait_until(lambda: not alive(pid), "the hung worker to be killed", 6)  # noqa: B023
+        wait_until(lambda: not alive(pid), "the hung worker to be killed")  # noqa: B023
         assert_no_reply(connection)
     died = service.wait_for_records("Child Process Died", len(hung))
     assert {(int(match["pid"]), match["message"]) for match in died} == {
@@ -64,15 +64,16 @@ def assert_killed(service: Service, hung: list[tuple[socket.socket, int]], cause
 
 
 def test_workers_whose_handler_hangs_are_killed_and_replaced(service: Service) -> None:
-    start(service, "-w", "3", "--handler-timeout", "0.7")
+    start(service, "-w", "3", "--handler-timeout", "2")
     workers = service.workers()
     began = time.monotonic()
     hung = [hang(service, text) for text in HANGING]
-    assert service.ask("x").endswith(" x\n")
-    assert time.monotonic() - began < 0.7
-    assert_killed(service, hung, "handler ran longer than 0.7 s")
-    assert time.monotonic() - began > 0.7
-    new = wait_until(lambda: service.workers() if len(service.workers()) == 3 else None, "new workers")
+    [free] = workers - {pid for _, pid in hung}
+    assert service.ask("x") == f"{free} x\n"
+    assert time.monotonic() - began < 2  # of the time that the hung ones have
+    assert_killed(service, hung, "handler ran longer than 2 s")
+    assert time.monotonic() - began > 2
+    new = wait_until(lambda: len(living := service.workers()) == 3 and living, "new workers")
     assert workers - new == {pid for _, pid in hung}
     assert service.ask("x").endswith(" x\n")
 
@@ -82,7 +83,7 @@ def test_a_stop_with_hung_workers_ends_after_the_grace(service: Service) -> None
     hung = [hang(service, text) for text in HANGING]
     began = time.monotonic()
     stopped = service.stop()
-    assert 0.9 < time.monotonic() - began < 6
+    assert 0.9 < time.monotonic() - began < 15  # half of the grace that there is without being told
     assert (stopped.returncode, stopped.stderr) == (0, "")
     assert not service.processes()
     assert_killed(service, hung, "not done within the grace")
@@ -91,16 +92,16 @@ def test_a_stop_with_hung_workers_ends_after_the_grace(service: Service) -> None
 
 def test_after_a_reload_with_hung_workers_new_ones_serve_at_once_and_the_hung_are_killed_after_the_grace(
         service: Service) -> None:
-    manager = start(service, "-w", "2", "--grace", "1.5")
+    manager = start(service, "-w", "2", "--grace", "3")
     hung = [hang(service, text) for text in HANGING]
     began = time.monotonic()
     os.kill(manager, signal.SIGHUP)
     new = int(service.ask("x").split()[0])
-    assert time.monotonic() - began < 1.4
+    assert time.monotonic() - began < 2.9
     assert new not in {pid for _, pid in hung}
     assert all(alive(pid) for _, pid in hung)
     assert_killed(service, hung, "not done within the grace")
-    assert time.monotonic() - began > 1.4
+    assert time.monotonic() - began > 2.9
     assert len(service.workers()) == 2
     assert new in service.workers()
     assert service.ask("x").endswith(" x\n")
@@ -114,7 +115,8 @@ def test_busy_workers_are_never_taken_for_hung(service: Service) -> None:
     look = subprocess.Popen(["sh", "-c", signals])
     try:
         with Load(service, 4) as load:
-            load.wait_for(6000)
+            for _ in range(6):  # this machine may take its time, but has to come on
+                load.wait_for(1000)
     finally:
         look.kill()
         look.wait()

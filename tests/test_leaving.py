@@ -38,6 +38,11 @@ def slow_senders(service: Service, count: int) -> list[SlowSender]:
     return senders
 
 
+def workers_at_one_time(service: Service) -> int:
+    """How many workers there were at one moment: a look takes time, but who is seen by two was there between them."""
+    return len(service.workers() & service.workers())
+
+
 def assert_at_rest(service: Service) -> None:
     wait_until(lambda: at_rest(service.processes()), "the service to rest")
 
@@ -69,9 +74,9 @@ def test_a_worker_that_leaves_is_replaced_at_once_and_finishes_with_those_in_han
     began = time.monotonic()
     dismiss(service, worker)
     [successor] = wait_until(lambda: service.workers() - {worker}, "its successor")
-    wait_until(lambda: listener(service.manager()).isdisjoint(sockets(worker)), "the worker to accept no more")
+    wait_until(lambda: listener(service).isdisjoint(sockets(worker)), "the worker to accept no more")
     assert served_by(service.ask("x")) == successor
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # of the 30 s that those in hand may take
     assert alive(worker)
     assert [sender.finish() for sender in senders] == [f"{worker} {REST}"] * 2
     wait_until(lambda: not alive(worker), "the worker to leave")
@@ -88,17 +93,18 @@ def test_a_worker_that_leaves_waits_no_longer_than_the_timeout_for_those_in_hand
         dismiss(service, worker)
         crowd.wait_until_served()
     assert crowd.replies == [f"{worker} error: text not ended within 2 s\n".encode()] * 2
-    wait_until(lambda: not alive(worker), "the worker to leave", 3)
-    assert len(service.workers()) == 1
+    wait_until(lambda: not alive(worker), "the worker to leave")  # also before the grace of 30 s
+    wait_until(lambda: len(service.workers()) == 1, "its successor alone")
 
 
 def test_who_has_never_sent_a_byte_costs_no_request(service: Service) -> None:
     service.start("-w", "1", "-n", "4", "--timeout", "1")
     [worker] = service.workers()
+    began = time.monotonic()
     with Crowd(service.port, urgent, 3) as crowd:  # whom the kernel hands over without data
-        wait_until(lambda: in_hand(service, worker) == 3, "them in hand")
         crowd.wait_until_served()
-    assert crowd.replies == [b""] * 3
+    assert time.monotonic() - began >= 1  # so they have been in hand
+    assert (crowd.replies, crowd.failures) == ([b""] * 3, [])
     assert [served_by(service.ask("x")) for _ in range(4)] == [worker] * 4
     assert served_by(service.ask("x")) != worker
     assert [record["message"] for record in service.wait_for_records("Child Process Ended")] == [
@@ -106,7 +112,7 @@ def test_who_has_never_sent_a_byte_costs_no_request(service: Service) -> None:
 
 
 def test_with_slow_clients_beyond_all_measure_everybody_is_served(service: Service) -> None:
-    service.start("-w", "1", "-n", "1", "--timeout", "30")
+    service.start("-w", "1", "-n", "1", "--timeout", "60")
     senders = []
     for number in range(10):  # each uses up a worker
         senders.append(SlowSender(service.connect()))
@@ -114,7 +120,7 @@ def test_with_slow_clients_beyond_all_measure_everybody_is_served(service: Servi
         assert len(service.workers()) <= 2
         began = time.monotonic()
         assert service.ask("x").endswith(" your text size: 1\n")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
     assert all(sender.finish().endswith(REST) for sender in senders)
     wait_until(lambda: len(service.workers()) == 1, "those that leave to be gone")
 
@@ -134,7 +140,7 @@ def test_a_stop_waits_for_those_who_have_begun_and_lets_the_silent_go_at_once(se
         mute[0].wait_until_served()
         assert stop.poll() is None
         assert sender.finish().endswith(f" {REST}")
-        assert stop.communicate(timeout=10)[1] == ""
+        assert stop.communicate(timeout=20)[1] == ""
         assert stop.returncode == 0
         assert mute[0].replies == [b""] * 5
     assert not service.processes()
@@ -146,16 +152,17 @@ def test_a_stop_beside_the_silent_alone_takes_no_time(service: Service) -> None:
         wait_until(lambda: in_hand(service) >= 20, "the urgent in hand")
         began = time.monotonic()
         assert service.stop().returncode == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15  # of the 30 s of their timeout and of the grace
 
 
 def test_a_stop_waits_no_longer_than_the_grace(service: Service) -> None:
     service.expected.append(r"Child Process Died\. \(SIGKILL: not done within the grace\)")
     service.start("-w", "1", "--timeout", "30", "--grace", "1")
     with Crowd(service.port, trickling, 5):
+        wait_until(lambda: in_hand(service) == 5, "all of them in hand")
         began = time.monotonic()
         assert service.stop().returncode == 0
-        assert 0.9 < time.monotonic() - began < 6
+        assert 0.9 < time.monotonic() - began < 15  # of the 30 s of their timeout
     assert not service.processes()
 
 
@@ -164,13 +171,13 @@ def test_none_of_the_slow_is_lost_under_full_load_while_workers_are_recycled(ser
     most = 0
     with (Load(service, 4) as load, Crowd(service.port, original, 4, come_back=True, waits=False) as originals,
           Crowd(service.port, slow_short_text, 60, waits=False) as slow):
-        while slow.thread.is_alive():
-            most = max(most, len(service.workers()))
+        while slow.thread.is_alive() or len(load.replies) <= 500 or not originals.replies:  # so many recycle workers
+            most = max(most, workers_at_one_time(service))
             time.sleep(0.02)
     assert (load.failures, slow.failures, originals.failures) == ([], [], [])
     assert [reply.partition(b" ")[2] for reply in slow.replies] == [b"your text size: 5000\n"] * 60
     assert {reply.partition(b" ")[2] for reply in originals.replies} == {b"your text size: 31\n"}
-    assert len(load.replies) > 500, "workers were recycled meanwhile"
+    assert len(service.records("Child Process Ended.")) >= 3, "workers were recycled meanwhile"
     assert most <= 6
     assert not service.records("Child Process Died")
 
@@ -181,10 +188,10 @@ def test_none_of_the_slow_is_lost_in_reloads_under_load(service: Service) -> Non
         most = 0
         for number in range(20):
             os.kill(manager, signal.SIGHUP)
-            most = max(most, len(service.workers()))
+            most = max(most, workers_at_one_time(service))
             load.wait_for(20 + number)
         while slow.thread.is_alive():
-            most = max(most, len(service.workers()))
+            most = max(most, workers_at_one_time(service))
             time.sleep(0.02)
     assert (load.failures, slow.failures) == ([], [])
     assert [reply.partition(b" ")[2] for reply in slow.replies] == [b"your text size: 5000\n"] * 30
@@ -209,7 +216,7 @@ def test_the_service_is_idle_beside_the_stalled_and_when_they_have_gone(service:
 def test_a_worker_that_leaves_with_a_client_in_hand_does_not_spin_when_the_manager_is_gone(service: Service) -> None:
     manager = service.start("-w", "2", "--timeout", "30")
     [sender] = slow_senders(service, 1)
-    worker = keeper(service, sender)
+    worker = wait_until(lambda: keeper(service, sender), "it in hand")
     os.kill(worker, signal.SIGTERM)
     wait_until(lambda: len(service.workers()) == 3, "its successor")
     os.kill(manager, signal.SIGKILL)

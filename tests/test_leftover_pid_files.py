@@ -61,7 +61,7 @@ def test_a_pid_file_that_a_stranger_has_locked_is_one_line_and_no_signal(
         for path, content in zip(paths, contents, strict=True):
             path.write_bytes(content)
             fcntl.flock(stack.enter_context(path.open("r+b")), fcntl.LOCK_EX)
-        outcomes = list(pool.map(lambda command: service.run(*command, timeout=30, start_new_session=True), commands))
+        outcomes = list(pool.map(lambda command: service.run(*command, start_new_session=True), commands))
         assert [path.read_bytes() for path in paths] == contents
     for command, done in zip(commands, outcomes, strict=True):
         assert (done.returncode in (1, 3), done.stdout) == (True, ""), command
@@ -77,7 +77,7 @@ def test_a_start_that_somebody_who_asks_keeps_from_the_lock_ends_in_one_line(ser
     service.pid_file.touch()
     with service.pid_file.open() as file:  # as by a --status that has been suspended
         fcntl.flock(file, fcntl.LOCK_SH)
-        done = service.run("-p", str(service.port), "-w", "1", timeout=15)
+        done = service.run("-p", str(service.port), "-w", "1")
         assert (done.returncode, done.stdout) == (1, "")
         assert re.fullmatch(r"daemontest\.py: [^\n]+\n", done.stderr), done.stderr
     assert not service.processes()

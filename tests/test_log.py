@@ -25,6 +25,7 @@ def test_the_life_of_a_service_in_the_words_of_the_original(service: Service) ->
     manager = service.start("-w", "1", "-n", "5")
     generation, [worker] = service.generation(), service.workers()
     service.ask("how long?\n")
+    service.wait_for_records("Client Query Processing Ended.")  # later than the reply, if the half-close was
     service.stop()
     assert [(match["kind"], int(match["pid"]), match["message"]) for match in service.records()] == [
         ("*", manager, "Daemon Server Started. Prefork Workers: 1."),

@@ -15,6 +15,7 @@ from threading import Thread
 
 import pytest
 from conftest import CONTINUATION, RECORD, Service, wait_until
+from slow_clients import cpu_seconds
 
 FORGED = "2026-11-23T10:00:00.123+0900 * 1 Server Terminated."
 PIPE_BUF = select.PIPE_BUF  # bytes that a pipe takes in one piece, or not at all
@@ -222,16 +223,17 @@ def test_the_next_record_of_another_process_is_on_a_line_of_its_own(service: Ser
 def test_an_exception_that_contains_a_long_text_is_logged_in_part_and_quickly(service: Service, text: str) -> None:
     service.expected += ["Handler Failed", "Error", "Traceback", "exception"]
     service.start("-w", "1", *service.use_handler("tells_its_text"))
+    [worker] = service.workers()
     text += ("\n" if text == "lines" else "y") * 2**22
     took = []
     for attempt in range(3):
         before = len(service.log)
-        began = time.monotonic()
+        used = cpu_seconds({worker})
         assert service.ask(text).endswith(" error: handler failed\n")
-        took.append(time.monotonic() - began)
+        took.append(cpu_seconds({worker}) - used)
         service.wait_for_records("Client Query Processing Ended.", attempt + 1)
         grown = len(service.log) - before
         indentation = 4 * service.log[before:].count("\n")
         assert grown - indentation < 4000 + 2000 + 1000  # the traceback, the text and the records around them
-    assert min(took) < 1
+    assert 0 < min(took) < 1, took  # s, by its own clock, since other processes may keep it waiting
     assert len(service.records("Handler Failed:")) == 3

@@ -123,7 +123,7 @@ def test_on_a_full_disk_the_service_runs_on(service: Service) -> None:
     manager = service.start("-w", "2", "-n", "7", "--log-file", "/dev/full", *service.use_handler("echoes"))
     for text in ["x", "raise", "x" * 100_000, "あ\n" * 1000] * 5:
         assert service.ask(text).endswith(" error: handler failed\n" if text == "raise" else " printed\n")
-    workers = wait_until(lambda: service.workers() if len(service.workers()) == 2 else None, "recycled workers")
+    workers = wait_until(lambda: len(found := service.workers()) == 2 and found, "recycled workers")
     os.kill(manager, signal.SIGHUP)
     workers = service.wait_for_new_workers(workers)
     os.kill(min(workers), signal.SIGKILL)
@@ -145,10 +145,10 @@ def test_in_the_foreground_a_standard_error_that_nobody_reads_any_more_costs_onl
         os.close(reading)
         assert service.ask("x").endswith(" your text size: 1\n")
         workers = service.workers()
-        os.kill(process.pid, signal.SIGHUP)
+        assert service.run("--reload").returncode == 0  # after which the start is over, too
         service.wait_for_new_workers(workers)
         assert service.ask("x").endswith(" your text size: 1\n")
         os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(50) == 0
 
 

@@ -96,9 +96,11 @@ def test_it_lives_in_the_foreground_when_its_parent_ignores_and_blocks_signals(
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
     with service.foreground("-w", "2", "--log-file", "daemontest.log", preexec_fn=set_up) as process:
-        service.wait_for_records("Child Process Started.", 2)
+        wait_until(lambda: service.run("--status").stdout == f"{process.pid}\n", "the start")
+        assert service.run("--reload").returncode == 0  # so the start is over: a stop before that would make it fail
+        started = len(service.records("Child Process Started."))
         os.kill(process.pid, signal.SIGHUP)
-        service.wait_for_records("Child Process Started.", 4)
+        service.wait_for_records("Child Process Started.", started + 2)
         os.kill(process.pid, signum)
         assert process.wait(DEADLINE) == 0
 

@@ -56,13 +56,28 @@ def test_netcat(service: Service) -> None:
     assert re.fullmatch(r"\d+ your text size: 32\n", in_a_shell(service, text))
 
 
+SLOW = """
+import os, time
+
+def handle(text):
+    time.sleep(1.5)
+    for _ in range(2000):  # 20 s at the most
+        if not os.path.exists("{HERE}/hold"):
+            break
+        time.sleep(0.01)
+    return str(len(text))
+"""
+
+
 def test_socat_waits_for_a_slow_handler_only_if_it_is_told_to(service: Service) -> None:
     program("socat")
-    service.write_handler("import time\ndef handle(text):\n    time.sleep(1.5)\n    return str(len(text))")
+    service.write_handler(SLOW.replace("{HERE}", str(service.home)))
     service.start("--handler", "service:handle")
     text = shown(service, "socat -t 60 - TCP:localhost:36000 < FILE")
     assert re.fullmatch(r"\d+ 32\n", in_a_shell(service, text))
+    (service.home / "hold").touch()
     assert in_a_shell(service, adapted(text, {"-t 60 ": ""})) == ""  # half a second is its own patience
+    (service.home / "hold").unlink()
 
 
 def test_perl(service: Service) -> None:

@@ -16,6 +16,8 @@ import pytest
 from conftest import CLIENT, DAEMON, ROOT, Service, alive
 from readme import adapted, block
 
+pytestmark = pytest.mark.timeout(400)  # pip may have to fetch and build, beside much else that goes on
+PATIENCE = 180  # s for one command
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUILD = """
 import os, sys
@@ -28,8 +30,8 @@ backend.build_wheel(sys.argv[1])
 
 def run(*command: str | Path, **options: object) -> str:
     """The output of a COMMAND that must succeed."""
-    done = subprocess.run([*map(str, command)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=55,
-                          **options)  # type: ignore[call-overload]
+    done = subprocess.run([*map(str, command)], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          timeout=PATIENCE, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return str(done.stdout)
 
@@ -37,7 +39,7 @@ def run(*command: str | Path, **options: object) -> str:
 def install(python: Path, *packages: str | Path) -> None:
     """Install PACKAGES, with what they need, where PYTHON is.  Skips if they cannot be had."""
     done = subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-compile",
-                           "--retries", "1", *map(str, packages)], capture_output=True, text=True, timeout=55)
+                           "--retries", "1", *map(str, packages)], capture_output=True, text=True, timeout=PATIENCE)
     if re.search("No matching distribution found|Could not find a version|No module named pip", done.stderr):
         pytest.skip(f"no packages to be had: {done.stderr[-300:]}")
     assert done.returncode == 0, done.stderr

@@ -52,8 +52,16 @@ class Container:
         return self.service.workers(self.manager)
 
     def zombies(self) -> list[int]:
-        return [process.pid for process in psutil.Process(self.manager).children(recursive=True)
-                if process.status() == psutil.STATUS_ZOMBIE]
+        found = []
+        for process in psutil.Process(self.manager).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+        return found
+
+    def assert_no_zombies(self) -> None:
+        """Also who has just ended is buried."""
+        wait_until(lambda: not self.zombies(), "all zombies to be buried")
 
     def wait(self) -> int:
         """Its exit status."""
@@ -103,7 +111,7 @@ def test_it_reaps_every_orphan(container: Container, service: Service) -> None:
     assert {psutil.Process(orphan).ppid() for orphan in orphans} == {container.manager}
     (service.home / "go").touch()
     wait_until(lambda: not any(map(psutil.pid_exists, orphans)), "the orphans to be reaped")
-    assert container.zombies() == []
+    container.assert_no_zombies()
     assert not service.records(".*Died")  # they were none of its own
 
 
@@ -114,7 +122,7 @@ def test_it_reaps_the_workers_of_a_generation_that_dies(container: Container, se
     wait_until(lambda: not any(map(psutil.pid_exists, {generation, *workers})), "generation and workers to be reaped")
     wait_until(lambda: len(container.workers()) == 2, "a new generation's workers")
     assert service.ask("0").endswith(" \n")
-    assert container.zombies() == []
+    container.assert_no_zombies()
 
 
 def test_it_reloads(container: Container, service: Service) -> None:
@@ -124,7 +132,7 @@ def test_it_reloads(container: Container, service: Service) -> None:
         wait_until(lambda: not alive(generation) and not any(map(alive, workers)), "the old to go")  # noqa: B023
         wait_until(lambda: len(container.workers()) == 2, "new workers")
         assert service.ask("0").endswith(" \n")
-    assert container.zombies() == []
+    container.assert_no_zombies()
 
 
 @pytest.mark.parametrize("by", ["its container's manager", "a process inside"])
@@ -137,7 +145,7 @@ def test_it_stops_when_told_to_within_moments_whatever_still_runs_there(
     else:
         os.kill(container.manager, signal.SIGTERM)
     assert container.wait() == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10  # the grace is 30 s, and the orphans' time a minute
     assert service.records()[-1]["message"] == "Server Terminated."
     assert not (service.home / "container.pid").exists()
 
@@ -156,7 +164,7 @@ def test_it_stops_when_told_to_while_its_handler_is_being_imported(service: Serv
             began = time.monotonic()
             os.kill(manager, signal.SIGTERM)
             unshare.communicate(timeout=DEADLINE)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 10  # the import takes a minute
         finally:
             unshare.kill()
     assert not service.processes()
@@ -180,7 +188,8 @@ def test_a_process_1_that_reaps_nobody_hinders_neither_reload_nor_stop(service: 
     service.expected.append(r"Generation Died\. \(SIGKILL\)")
     done, pid_file = service.home / "done", service.home / "container.pid"
     command = [*UNSHARE, sys.executable, "-c", REAPS_NOBODY, sys.executable, DAEMON, "-p", service.port, "-w", "2",
-               "--grace", "1", "--pid-file", pid_file, "--log-file", service.log_file, done]
+               "--pid-file", pid_file, "--log-file", service.log_file, done]
+    service.configure("grace = 1.2")
     with subprocess.Popen(list(map(str, command)), cwd=service.home, env=service.env, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as unshare:
         try:
@@ -192,13 +201,14 @@ def test_a_process_1_that_reaps_nobody_hinders_neither_reload_nor_stop(service: 
                        "a new generation")
             time.sleep(1.5)  # beyond the grace of the dead one's workers
             old = service.workers(manager)
+            service.configure("grace = 30")
             os.kill(manager, signal.SIGHUP)
             wait_until(lambda: len(service.workers(manager)) == 2 and not old & service.workers(manager), "a reload")
             assert service.ask("x").endswith(" your text size: 1\n")
             began = time.monotonic()
             os.kill(manager, signal.SIGTERM)
             wait_until(lambda: not alive(manager), "the stop")
-            assert time.monotonic() - began < 0.9  # which is less than the grace
+            assert time.monotonic() - began < 10  # which is less than the grace
         finally:
             done.touch()
             unshare.communicate(timeout=DEADLINE)

@@ -271,7 +271,7 @@ def test_two_services_run_on_one_machine_as_shown_and_not_with_a_port_alone(serv
     other.port, other.log_file = second, service.home / "second.log"
     for each in (service, other):
         each.ask("x")
-        assert len(each.records("Client Query Processing Ended.")) == 1
+        assert len(each.wait_for_records("Client Query Processing Ended.")) == 1
     run(stop)
     assert service.run("--status").stdout == f"{first}\n"
     assert service.ask("x").endswith(" your text size: 1\n")
@@ -307,7 +307,8 @@ def haproxy(home: Path, port: int, services: list[Service]) -> Iterator[Path]:
     configuration = adapted(block("listen daemontest"), {
         "    maxconn 20000": f"    maxconn 1000\n    stats socket {control}",
         "bind :36000": f"bind 127.0.0.1:{port}", "192.0.2.11:36000": f"127.0.0.1:{services[0].port}",
-        "192.0.2.12:36000": f"127.0.0.1:{services[1].port}", "inter 2s": "inter 50ms"})
+        "192.0.2.12:36000": f"127.0.0.1:{services[1].port}",
+        "inter 2s": "inter 250ms fastinter 50ms downinter 50ms"})  # the first is also for how long a check may take
     (home / "haproxy.cfg").write_text(configuration)
     with open(home / "haproxy.log", "w") as log:
         running = subprocess.Popen([program("haproxy"), "-f", home / "haproxy.cfg", "-db"], stdout=log, stderr=log)
@@ -349,7 +350,7 @@ def test_haproxy_shares_out_the_clients_and_leaves_out_a_daemon_that_was_killed(
             long = "平仄" * 500_000
             assert both.ask(long).endswith(f" your text size: {len(long)}\n")
 
-            time.sleep(0.5)  # for some twenty health checks: they must leave no trace
+            time.sleep(0.7)  # for some health checks more: they must leave no trace
             requests = [len(service.records("Client Query Processing Started.")) for service in (one, two)]
             assert sum(requests) == 21
             assert not any(service.records("Client: .*(Lost|Refused|Not Taken)") for service in (one, two))
@@ -362,7 +363,7 @@ def test_haproxy_shares_out_the_clients_and_leaves_out_a_daemon_that_was_killed(
             assert {int(both.ask("x").split()[0]) for _ in range(20)} <= two.workers()
 
             one.start("-w", "2")
-            wait_until(lambda: states(control)["one"] == "UP", "HAProxy to find it up again")
+            wait_until(lambda: states(control).get("one") == "UP", "HAProxy to find it up again")
             assert {int(both.ask("x").split()[0]) for _ in range(20)} & one.workers()
 
 
@@ -373,7 +374,7 @@ def test_slow_clients_through_haproxy_hold_no_worker_either(tmp_path: Path) -> N
         both = Service(tmp_path)
         both.port = port
         for service in (one, two):
-            service.start("-w", "2")
+            service.start("-w", "2", "--timeout", "50")
         with haproxy(tmp_path, port, [one, two]), contextlib.ExitStack() as stack:
             stalled = [stack.enter_context(both.connect()) for _ in range(100)]
             for client in stalled:
@@ -381,7 +382,7 @@ def test_slow_clients_through_haproxy_hold_no_worker_either(tmp_path: Path) -> N
             begun = time.monotonic()
             for _ in range(20):
                 assert both.ask("x").endswith(" your text size: 1\n")
-            assert time.monotonic() - begun < 5  # each stalled client would keep a worker for 10 s
+            assert time.monotonic() - begun < 20  # each stalled client would keep a worker for 50 s
             for client in stalled:
                 client.shutdown(socket.SHUT_WR)
             assert all(read_all(client).endswith(b" your text size: 2100\n") for client in stalled)
@@ -399,8 +400,11 @@ def test_what_is_opened_once_in_each_worker_is_shared_by_none(service: Service) 
     service.start("--handler", "poems:handle", "-w", "2")
 
     def has_it_open(pid: int) -> int:
-        files = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
-        return sum(file.endswith("/poems.db") for file in files)
+        count = 0
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has just been closed
+                count += os.readlink(file).endswith("/poems.db")
+        return count
 
     answered = set()
     for _ in range(20):
@@ -453,7 +457,7 @@ def test_the_kernel_counts_those_who_wait_as_shown(service: Service) -> None:
         for client in clients:
             client.sendall(b"hold gate")
             client.shutdown(socket.SHUT_WR)
-        wait_until((service.home / "held-gate").exists, "the handler to run")
+            wait_until((service.home / "held-gate").exists, "the handler to run")  # before the next one comes
         wait_until(lambda: gauge()[1].split()[1] == "3", "three who wait")
         (service.home / "gate").touch()
         assert all(read_all(client) for client in clients)
@@ -468,7 +472,8 @@ def test_the_processes_have_the_names_shown(service: Service) -> None:
     ours = {str(pid) for pid in [manager, *service.generations(), *service.workers()]}
     told = subprocess.run(["sh", "-c", shown[0].removeprefix("$ ")], capture_output=True, text=True, timeout=50).stdout
     found = [line for line in told.split("\n") if line.split()[:1] and line.split()[0] in ours]
-    assert [line.split()[2:] for line in found] == [line.split()[2:] for line in shown[1:]]
+    # In no order: the numbers of processes begin anew from time to time.
+    assert sorted(line.split()[2:] for line in found) == sorted(line.split()[2:] for line in shown[1:])
 
 
 # ---- A single file ------------------------------------------------------------------------

@@ -9,16 +9,21 @@ from itertools import groupby
 from conftest import Service
 
 
-def pid(reply: str) -> int:
-    return int(reply.split()[0])
+def ask(service: Service) -> int:
+    """Ask with an empty text; the worker's PID.
+
+    Its end comes with the connection, so its client is never slow: a worker with a slow one in hand may go on
+    after its requests, while too many others are leaving.
+    """
+    return int(service.ask("").split()[0])
 
 
 def test_one_worker_after_the_other_serves_exactly_its_requests(service: Service) -> None:
     service.start("-w", "1", "-n", "3")
-    served = [pid(service.ask("x")) for _ in range(12)]
+    served = [ask(service) for _ in range(12)]
     assert [len(list(replies)) for _, replies in groupby(served)] == [3, 3, 3, 3]
     ended = service.wait_for_records(r"Child Process Ended\. \(0\)$", 4)
-    assert [int(match["pid"]) for match in ended] == served[::3]
+    assert sorted(int(match["pid"]) for match in ended) == sorted(served[::3])  # the next may have served meanwhile
     # At once: without the second that the place of a worker that died stays empty.
     started = service.wait_for_records("Child Process Started", 5)
     assert [int(match["pid"]) for match in started[:4]] == served[::3]
@@ -30,7 +35,7 @@ def test_one_worker_after_the_other_serves_exactly_its_requests(service: Service
 def test_none_of_several_workers_serves_more_or_leaves_early(service: Service) -> None:
     service.start("-w", "3", "-n", "4")
     with ThreadPoolExecutor(6) as pool:
-        served = Counter(map(pid, pool.map(service.ask, ["x"] * 100)))
+        served = Counter(pool.map(ask, [service] * 100))
     assert served.total() == 100
     assert max(served.values()) == 4
     full = {worker for worker, count in served.items() if count == 4}
@@ -43,6 +48,6 @@ def test_none_of_several_workers_serves_more_or_leaves_early(service: Service) -
 def test_workers_that_end_after_their_requests_are_replaced_at_once(service: Service) -> None:
     service.start("-w", "1", "-n", "1")
     began = time.monotonic()
-    workers = {service.ask("x").split()[0] for _ in range(30)}
+    workers = {ask(service) for _ in range(30)}
     assert len(workers) == 30
     assert time.monotonic() - began < 15  # the delay after a death would make it 29 s

@@ -3,14 +3,16 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Service, free_port, wait_until
+from conftest import Service, free_port, read_all, wait_until
 
 HANDLER = """
 import helper
@@ -287,8 +289,11 @@ while time.monotonic() < end:
 
 
 @contextmanager
-def starved(processes: set[int], besides: set[int]) -> Iterator[None]:
-    """PROCESSES do not run until half a second has passed; this one, those BESIDES and their children do."""
+def starved(processes: set[int], besides: set[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """PROCESSES do not run, for half a second at the most; this one, those BESIDES and their children do.
+
+    Nor does whatever else is on that processor, other tests for instance: so it is to be over soon.
+    """
     cpus = os.sched_getaffinity(0)
     theirs = {min(cpus)}
     for pid in processes:
@@ -300,19 +305,30 @@ def starved(processes: set[int], besides: set[int]) -> Iterator[None]:
         try:
             os.sched_setaffinity(0, cpus - theirs)
             assert busy.stdout and busy.stdout.read(1), "no real-time priority"
-            yield
+            yield busy
         finally:
+            busy.kill()
             os.sched_setaffinity(0, cpus)
+
+
+def has_term_pending(pid: int) -> bool:
+    [pending] = re.findall(r"^ShdPnd:\t(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(pending, 16) & 1 << signal.SIGTERM - 1)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or len(os.sched_getaffinity(0)) < 2, reason="real-time priority needs root")
 def test_a_client_that_calls_a_worker_which_has_just_been_told_to_leave_is_served(service: Service) -> None:
     manager = service.start("-w", "2")
     old = service.workers()
-    with starved(old, {manager, *service.generations()}):
+    with starved(old, {manager, *service.generations()}) as busy:
         hup(service)
         wait_until(lambda: len(service.workers() - old) == 2, "new workers")
         wait_until(lambda: all(psutil.Process(new).status() == psutil.STATUS_SLEEPING
                                for new in service.workers() - old), "new workers that wait")
-        assert service.ask("x", timeout=5).endswith(" your text size: 1\n")
+        wait_until(lambda: busy.poll() is not None or all(map(has_term_pending, old)), "old workers to be told")
+        client = service.connect()
+        client.sendall(b"x")
+        client.shutdown(socket.SHUT_WR)
+    with client:
+        assert read_all(client).endswith(b" your text size: 1\n")
     wait_until(lambda: not service.workers() & old, "old workers to leave")

@@ -73,8 +73,9 @@ def test_it_does_not_wait_for_those_whom_the_old_workers_have_in_hand(service: S
     with service.connect() as client:
         client.sendall(b"hold gate")
         client.shutdown(socket.SHUT_WR)
-        wait_until((service.home / "held-gate").exists, "the handler to be called")
-        holder = int((service.home / "held-gate").read_text())
+        held = service.home / "held-gate"
+        wait_until(lambda: held.exists() and held.read_text().endswith("\n"), "the handler to be called")
+        holder = int(held.read_text())
         reloads(service)
         assert holder in service.workers()
         assert not {int(service.ask("x").split()[0]) for _ in range(8)} & {holder}
@@ -185,7 +186,7 @@ def test_what_waits_for_a_restart_is_no_failure(service: Service) -> None:
     service.configure('port = 1\nworkers = 3\npid_file = "other.pid"\n')
     reloads(service, "--pid-file", service.pid_file)
     service.wait_for_records("Waiting for a Restart: port, pid_file$")
-    assert len(service.workers()) == 3
+    wait_until(lambda: len(service.workers()) == 3, "the old workers, which accept no more, to be gone")
     service.configure("")  # for the stop, which is to find the PID file
 
 
@@ -249,7 +250,7 @@ def test_fifos_that_killed_askers_have_left_are_cleared_away(service: Service) -
     os.mkfifo(service.home / "daemontest.pid.reload-0-0")  # of one killed before it had sent HUP
     (service.home / "hold").unlink()
     reloads(service)
-    assert questions(service) == []
+    wait_until(lambda: questions(service) == [], "all FIFOs to be gone; the asker's own may have been answered first")
 
 
 def test_files_that_are_no_fifos_are_left_alone(service: Service) -> None:

@@ -6,7 +6,7 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from conftest import Service, read_all, wait_until
 
@@ -52,23 +52,24 @@ def reset(connection: socket.socket) -> None:
 def test_200_silent_connections_hold_no_worker(service: Service) -> None:
     with the_same_workers(service, "-w", "2", "--timeout", "1"), ExitStack() as silent:
         connections = [silent.enter_context(service.connect()) for _ in range(200)]
-        longest = asked = 0.0
-        end = time.monotonic() + 4
-        while time.monotonic() < end:  # beyond the moment at which the kernel hands them over nevertheless
+        waits: list[float] = []
+        begun = time.monotonic()
+        # Beyond the moment at which the kernel hands them over nevertheless.
+        while time.monotonic() < begun + 4 or len(waits) < 100:
             began = time.monotonic()
             assert size_of(service, "x") == 1
-            longest = max(longest, time.monotonic() - began)
-            asked += 1
+            waits.append(time.monotonic() - began)
             time.sleep(0.002)  # clients come one after the other, not as a storm
-        assert longest < 0.9, "each silent client that held a worker would hold it for a second"
-        assert asked > 100
+        # Each silent client that held a worker would hold it for a second, and all of them for 100 s.
+        assert sum(seconds > 0.9 for seconds in waits) < 3  # which the machine may take, too
         for connection in connections:
             assert read_all(connection) == b""
-    assert len(service.records("Client: ")) == asked + 1
+        assert time.monotonic() - begun < 40
+    assert len(service.records("Client: ")) == len(waits) + 1
 
 
 def test_silent_connections_never_hinder_those_who_speak_later(service: Service) -> None:
-    with the_same_workers(service, "-w", "1", "--timeout", "3"), ExitStack() as silent:
+    with the_same_workers(service, "-w", "1", "--timeout", "30"), ExitStack() as silent:
         connections = [silent.enter_context(service.connect()) for _ in range(20)]
         assert size_of(service, "x") == 1
         for connection in connections:
@@ -93,7 +94,8 @@ def test_texts_that_stall_or_trickle_are_refused_at_the_timeout(service: Service
                 try:
                     return connection.recv(100), time.monotonic() - began
                 except TimeoutError:
-                    connection.sendall(b"x")
+                    with suppress(ConnectionError):  # what came before the connection's end can still be read
+                        connection.sendall(b"x")
             raise AssertionError("not refused")
 
     with the_same_workers(service, "-w", "2", "--timeout", "0.7"):
@@ -110,9 +112,9 @@ def test_texts_that_stall_or_trickle_are_refused_at_the_timeout(service: Service
 
 def test_a_client_that_never_reads_its_reply_is_let_go_at_the_timeout(service: Service) -> None:
     with the_same_workers(service, "-w", "1", "--timeout", "0.7"), service.connect() as connection:
+        began = time.monotonic()
         connection.sendall(b"big")
         connection.shutdown(socket.SHUT_WR)
-        began = time.monotonic()
         service.wait_for_records("Client: .*; Reply Not Taken: timed out")
         assert 0.6 < time.monotonic() - began < 6
         assert size_of(service, "x") == 1
@@ -171,8 +173,11 @@ def test_resets_at_any_point_end_no_worker(service: Service) -> None:
                 point(service.connect())
         wait_until(lambda: not accepted(service), "all connections to be closed")
         assert size_of(service, "x") == 1
-    begun, ended = (service.records(f"Client Query Processing {word}") for word in ("Started", "Ended"))
-    assert len(begun) == len(ended)
+
+    def count(word: str) -> int:
+        return len(service.records(f"Client Query Processing {word}"))
+
+    wait_until(lambda: count("Started") == count("Ended"), "every request to end")
 
 
 def accepted(service: Service) -> bool:

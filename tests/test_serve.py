@@ -12,7 +12,8 @@ from contextlib import suppress
 import pytest
 from conftest import Gate, Service, read_all, serving
 
-MAX_TEXT, TIMEOUT = 5000, 1  # of the strict service
+MAX_TEXT = 5000
+TIMEOUT = 1
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,6 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One service for all tests that need nothing but the default settings."""
     with serving(tmp_path_factory.mktemp("usual") / "home") as service:
         service.start()
-        yield service
-
-
-@pytest.fixture(scope="module")
-def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One service that allows little."""
-    with serving(tmp_path_factory.mktemp("strict") / "home") as service:
-        service.start("--max-text", str(MAX_TEXT), "--timeout", str(TIMEOUT))
         yield service
 
 
@@ -62,10 +55,11 @@ def test_one_byte_beyond_the_default_limit_is_refused(usual: Service) -> None:
     assert refusal(usual.ask(b"x" * (2**24 + 1))) == "text longer than 16777216 bytes"
 
 
-def test_max_text_counts_bytes_to_the_last_one(strict: Service) -> None:
+def test_max_text_counts_bytes_to_the_last_one(service: Service) -> None:
+    service.start("--max-text", str(MAX_TEXT))
     text = "é" * (MAX_TEXT // 2)
-    assert size(strict.ask(text)) == MAX_TEXT // 2
-    assert refusal(strict.ask(text + "x")) == f"text longer than {MAX_TEXT} bytes"
+    assert size(service.ask(text)) == MAX_TEXT // 2
+    assert refusal(service.ask(text + "x")) == f"text longer than {MAX_TEXT} bytes"
 
 
 @pytest.mark.parametrize(("text", "count"), [
@@ -77,11 +71,12 @@ def test_code_points_are_counted_not_bytes(usual: Service, text: str, count: int
 def test_a_character_may_be_split_over_segments(usual: Service) -> None:
     with usual.connect() as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(b"x" * 2001)  # so much that no pause ends it, however long this machine makes one
         for byte in "𝄞".encode():
             client.sendall(bytes([byte]))
             assert silent(client, 0.05)
         client.shutdown(socket.SHUT_WR)
-        assert size(read_all(client)) == 1
+        assert size(read_all(client)) == 2002
 
 
 @pytest.mark.parametrize(("text", "offset"), [
@@ -106,7 +101,7 @@ def seconds_to_reply(service: Service, text: bytes) -> float:
 
 def test_an_open_client_is_answered_a_tenth_of_a_second_after_a_newline(usual: Service) -> None:
     waits = [seconds_to_reply(usual, b"x" * 1999 + b"\n") for _ in range(3)]
-    assert 0.1 <= min(waits) < 0.5
+    assert 0.1 <= min(waits) < 0.9  # not the second that it would be after anything else
 
 
 def test_an_open_client_is_answered_a_second_after_anything_else(usual: Service) -> None:
@@ -142,13 +137,14 @@ def test_a_newline_does_not_end_what_goes_on_within_a_tenth_of_a_second(usual: S
 # ---- Time ---------------------------------------------------------------------------
 
 
-def test_a_silent_client_is_closed_after_the_timeout_without_a_reply(strict: Service) -> None:
-    requests = len(strict.records("Client: "))
-    with strict.connect() as client:
+def test_a_silent_client_is_closed_after_the_timeout_without_a_reply(service: Service) -> None:
+    service.start("--timeout", str(TIMEOUT))
+    with service.connect() as client:
         began = time.monotonic()
         assert read_all(client) == b""
         assert time.monotonic() - began >= TIMEOUT * 0.9  # the kernel counts it, in its own ticks
-    assert len(strict.records("Client: ")) == requests
+    service.stop()
+    assert not service.records("Client: ")
 
 
 def test_a_reset_before_the_first_byte_is_no_request(usual: Service) -> None:
@@ -174,8 +170,11 @@ def test_all_workers_serve_at_the_same_time(service: Service) -> None:
     gate = Gate(service)
     service.start("-w", "3", *gate.arguments)
     with ThreadPoolExecutor() as pool:
-        replies = [pool.submit(service.ask, "x") for _ in range(3)]
-        assert set(gate.wait_for(3)) == service.workers()
+        replies = []
+        for count in (1, 2, 3):  # one by one: none is in the hand of a worker whose handler another's text may occupy
+            replies.append(pool.submit(service.ask, "x"))
+            gate.wait_for(count)
+        assert set(gate.in_hand()) == service.workers()
         gate.open()
         assert {int(reply.result().split()[0]) for reply in replies} == service.workers()
 

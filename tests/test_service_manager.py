@@ -317,7 +317,7 @@ def test_a_socket_that_outlives_three_restarts_under_load_loses_no_request(servi
                 return
             asked[place] += 1
 
-    with listener(service) as ours:
+    with notify_socket(service) as notified, listener(service) as ours:
         threads = [threading.Thread(target=load, args=(place,), daemon=True) for place in range(len(asked))]
         try:
             for restart in range(4):
@@ -329,8 +329,10 @@ def test_a_socket_that_outlives_three_restarts_under_load_loses_no_request(servi
                 wait_until(lambda before=before: failures or all(now > then + 10 for now, then in
                                                                 zip(asked, before, strict=True)), "the load")
                 managers.append(daemon.pid)
+                assert "READY" in notified.next()  # a stop before that would be a failed start
                 if restart < 3:
                     assert service.stop().returncode == 0
+                    assert "STOPPING" in notified.next()
                     assert daemon.communicate(timeout=50) == ("", "")
                     assert not alive(daemon.pid)
         finally:
@@ -356,7 +358,7 @@ def test_a_service_manager_that_reads_nothing_stops_nothing(service: Service) ->
                 break
             before = len(service.records("Caught SIGHUP"))
             os.kill(daemon.pid, signal.SIGHUP)
-            service.wait_for_records("Caught SIGHUP", before + 1, 5)
+            service.wait_for_records("Caught SIGHUP", before + 1)
         assert service.records("Cannot Notify: Resource temporarily unavailable")
         assert service.stop().returncode == 0
         daemon.communicate(timeout=50)

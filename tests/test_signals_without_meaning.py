@@ -36,7 +36,8 @@ def test_none_changes_anything_for_the_manager(service: Service) -> None:
     assert signal.SIGUSR2 in MEANINGLESS
     assert len(MEANINGLESS) > 30  # with the real-time signals
     manager = service.start("-w", "2")
-    everybody, log = service.processes(), service.log
+    everybody, log = {manager, *service.generations(), *service.workers()}, service.log
+    wait_until(lambda: service.processes() == everybody, "those who forked the manager to end")
     for signum in MEANINGLESS:
         send(manager, [signum])
     for _ in range(2):

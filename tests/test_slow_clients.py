@@ -4,6 +4,7 @@ import socket
 import struct
 import time
 from contextlib import ExitStack
+from statistics import median
 
 import pytest
 from conftest import Service, wait_until
@@ -24,7 +25,8 @@ from slow_clients import (
     urgent,
 )
 
-PROMPT = 2.0  # s; also on a loaded machine.  A slow client that held a worker would hold it for 30 s
+PROMPT = 2.0  # s; as a rule, also on a loaded machine.  A slow client that held a worker would hold it for 30 s
+LATEST = 15.0  # s; even if a process is not scheduled for a while
 TOO_LONG = b"x" * 5001
 LIMITS = ("-n", "1000000", "--timeout", "30", "--max-text", "5000")
 
@@ -37,14 +39,17 @@ def start(service: Service, *arguments: str) -> set[int]:
 
 def assert_prompt(service: Service, times: int = 10) -> None:
     """The next whole texts are answered as if nobody else were there."""
+    took = []
     for _ in range(times):
         began = time.monotonic()
         assert service.ask("whole\n").endswith(" your text size: 6\n")
-        assert time.monotonic() - began < PROMPT
+        took.append(time.monotonic() - began)
+    assert_quick(took)
 
 
-def clients_in_hand(service: Service) -> int:
-    return in_hand(service)
+def assert_quick(took: list[float]) -> None:
+    assert median(took) < (PROMPT if len(took) > 1 else LATEST), took
+    assert max(took) < LATEST, took
 
 
 @pytest.mark.parametrize(("workers", "count"), [(1, 20), (5, 200)])
@@ -60,7 +65,7 @@ def test_the_next_text_is_answered_at_once_beside(
         assert_prompt(service)
         assert (crowd.replies, crowd.failures) == ([], []), "they are to be there still"
         if kind is not silent:
-            assert in_hand(service) == count
+            wait_until(lambda: in_hand(service) == count, "them alone, and all of them, in hand")
     assert_prompt(service, 1)
     assert service.workers() == serving
 
@@ -73,7 +78,7 @@ def test_the_next_text_is_answered_at_once_beside_those_who_do_not_read_their_re
         wait_until(lambda: in_hand(service) == count, "all of them in hand")
         assert_prompt(service)
         assert (crowd.replies, crowd.failures) == ([], [])
-        assert in_hand(service) == count
+        wait_until(lambda: in_hand(service) == count, "them alone, and all of them, in hand")
     assert_prompt(service, 1)
     assert service.workers() == serving
 
@@ -82,7 +87,7 @@ def test_the_next_text_is_answered_at_once_beside_endless_senders(service: Servi
     serving = start(service, "-w", "1", "-n", "1000000", "--timeout", "2", "--max-text", "5000")
     with Crowd(service.port, sending_without_end, 5, text=TOO_LONG) as crowd:
         assert_prompt(service)
-        wait_until(lambda: len(crowd.failures) == 5, "all of them to be cut off", 10)
+        wait_until(lambda: len(crowd.failures) == 5, "all of them to be cut off")
         assert crowd.replies == []
     assert service.workers() == serving
 
@@ -94,7 +99,7 @@ def test_all_kinds_of_slow_clients_at_a_time_hold_not_even_a_single_worker(servi
         for kind in (stalled, stalled_in_a_large_text, trickling, urgent, sending_on, silent, not_reading):
             crowds.enter_context(Crowd(service.port, kind, 3, text=texts.get(kind, b"")))
         assert_prompt(service)
-        assert in_hand(service) >= 6 * 3
+        wait_until(lambda: in_hand(service) >= 6 * 3, "all but the silent in hand")
     assert service.workers() == serving
 
 
@@ -103,7 +108,7 @@ def test_each_stalled_client_is_refused_at_its_own_timeout(service: Service) -> 
     with Crowd(service.port, stalled, 50) as crowd:
         in_place = time.monotonic()
         crowd.wait_until_served()
-        assert time.monotonic() - in_place < 10  # one after the other, it would be 75 s
+        assert time.monotonic() - in_place < 30  # one after the other, it would be 75 s
     assert crowd.failures == []
     assert crowd.replies == [f"{worker} error: text not ended within 1.5 s\n".encode()] * 50
 
@@ -115,7 +120,7 @@ def test_a_client_that_stalled_is_answered_when_it_goes_on(service: Service) -> 
     assert_prompt(service, 1)
     for sender in reversed(senders):
         assert sender.finish() == f"{worker} your text size: 2101\n"
-        assert sender.waited < PROMPT
+    assert_quick([sender.waited for sender in senders])
 
 
 def test_clients_that_reset_in_mid_text_take_nobody_along(service: Service) -> None:
@@ -133,11 +138,11 @@ def test_clients_that_reset_in_mid_text_take_nobody_along(service: Service) -> N
 
 
 def test_slow_lines_limit_how_fast_their_texts_are_served_and_not_the_number_of_workers(service: Service) -> None:
-    start(service, "-w", "1")
+    start(service, "-w", "1", "--timeout", "50")
     began = time.monotonic()
     with Crowd(service.port, slow_line, 30, waits=False) as crowd:
         crowd.wait_until_served()
-    assert time.monotonic() - began < 12  # one after the other, it would be 42 s
+    assert time.monotonic() - began < 25  # one after the other, it would be 42 s
     assert crowd.failures == []
     assert [reply.partition(b" ")[2] for reply in crowd.replies] == [b"your text size: 229376\n"] * 30
 
@@ -145,8 +150,8 @@ def test_slow_lines_limit_how_fast_their_texts_are_served_and_not_the_number_of_
 def test_clients_of_the_original_kind_are_served_at_the_same_time(service: Service) -> None:
     start(service, "-w", "1", *LIMITS)
     began = time.monotonic()
-    with Crowd(service.port, original, 100, waits=False) as crowd:
+    with Crowd(service.port, original, 200, waits=False) as crowd:
         crowd.wait_until_served()
-    assert time.monotonic() - began < 5  # one after the other, it would be 10 s
+    assert time.monotonic() - began < 12  # one after the other, it would be 20 s
     assert crowd.failures == []
-    assert [reply.partition(b" ")[2] for reply in crowd.replies] == [b"your text size: 31\n"] * 100
+    assert [reply.partition(b" ")[2] for reply in crowd.replies] == [b"your text size: 31\n"] * 200

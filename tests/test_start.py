@@ -89,7 +89,7 @@ def test_a_start_whose_manager_is_killed_says_so_and_leaves_no_pid_file(service:
     done = service.run("-p", str(service.port), "--handler", "service:handle")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "daemontest.py: cannot start: the manager died\n")
     assert not service.pid_file.exists()
-    wait_until(lambda: not service.processes(), "the generation to notice", 2)
+    wait_until(lambda: not service.processes(), "the generation to notice")
 
 
 def test_a_start_whose_module_kills_its_process_says_so(service: Service) -> None:

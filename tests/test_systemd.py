@@ -107,7 +107,7 @@ def test_a_start_that_fails_says_why(unit: Machine) -> None:
 def test_it_waits_for_a_port_that_is_taken(unit: Machine, clients: Service) -> None:
     with unit.inside(socket.create_server, ("127.0.0.1", clients.port)):
         assert unit.run("systemctl start daemontest").returncode == 1
-        assert unit.show("daemontest", "SubState") == "auto-restart"
+        unit.wait_until(lambda: unit.show("daemontest", "SubState") == "auto-restart", "systemd to wait")
     unit.wait_until(lambda: unit.show("daemontest", "ActiveState") == "active", "the next try")
     assert unit.inside(clients.ask, "x").endswith(" your text size: 1\n")
     shown = unit.do("systemctl show -p RestartUSec,StartLimitBurst,StartLimitIntervalUSec daemontest").split()
@@ -138,7 +138,7 @@ def test_a_reload_that_changes_nothing_fails_and_the_status_says_why(unit: Machi
     assert unit.run("systemctl reload daemontest").returncode == 1
     why = f"bad configuration {CONFIGURATION}: workers: expected a whole number from 1 to 10000"
     assert f"daemontest.py: nothing changed: {why}\n" in journal(unit, before)
-    assert status(unit).endswith(f" failed: {why}")
+    unit.wait_until(lambda: status(unit).endswith(f" failed: {why}"), "the status")
     assert unit.show("daemontest", "ActiveState") == "active"
     assert unit.inside(clients.ask, "x").endswith(" your text size: 1\n")
 
@@ -156,7 +156,7 @@ def test_a_module_that_crashes_at_a_reload_changes_nothing(unit: Machine, client
     assert unit.run("systemctl reload daemontest").returncode == 1
     why = "cannot load handler one_word:handle: the process died (SIGSEGV)"
     assert f"daemontest.py: nothing changed: {why}\n" in journal(unit, before)
-    assert status(unit).endswith(f"; generation 2 failed: {why}")
+    unit.wait_until(lambda: status(unit).endswith(f"; generation 2 failed: {why}"), "the status")
     assert unit.inside(clients.ask, "x").endswith(" good\n")
 
 
@@ -280,7 +280,8 @@ def test_the_socket_starts_the_service_for_a_client_after_a_stop(unit: Machine, 
 
 def test_a_killed_manager_keeps_the_clients_of_the_socket_waiting_and_no_more(unit: Machine, clients: Service) -> None:
     use_socket(unit)
-    unit.do(f"kill -KILL {unit.show('daemontest', 'MainPID')}")
-    unit.wait_until(lambda: unit.show("daemontest", "SubState") == "auto-restart", "systemd to notice")
+    manager = unit.show("daemontest", "MainPID")
+    unit.do(f"kill -KILL {manager}")
+    unit.wait_until(lambda: unit.show("daemontest", "MainPID") != manager, "systemd to notice")
     assert unit.inside(clients.ask, "x").endswith(" your text size: 1\n")
     assert unit.show("daemontest", "NRestarts") == "1"
