@@ -31,7 +31,7 @@ PROGRAM = "daemontest.py"
 
 def tell_and_exit(kind: type[BaseException], why: BaseException, trace: Any) -> None:
     """Tell in one line what ends the program before main() is there to tell it."""
-    if issubclass(kind, KeyboardInterrupt):
+    if isinstance(why.__cause__ or why, KeyboardInterrupt):  # Python 3.11 wraps up one that comes in __set_name__()
         told = "interrupted"
     elif issubclass(kind, ImportError):
         told = f"cannot import a library: {why}; pip install python-daemon lockfile"
@@ -316,7 +316,7 @@ def check(file: str | None, given: dict[str, Any]) -> None:
 
 UMASK = 0o027
 STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
-HELD = STOPS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}  # while nobody is there to take them
+NOTED = STOPS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}  # by the manager; blocked before it can
 
 
 def background(file: str | None, given: dict[str, Any]) -> None:
@@ -336,7 +336,7 @@ def start(read: Callable[[], Settings], detach: bool) -> None:
 
     # Claim.
     os.umask(UMASK)
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, NOTED)
     terminal = os.dup(2)
     launcher: socket.socket | None = None
     pid_file = PidFile(settings.pid_file)
@@ -385,21 +385,22 @@ def await_outcome(manager: socket.socket) -> None:
     has passed the word on: at Ctrl-C, if standard output cannot be written, or if the launcher is killed.
     """
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTED)
         outcome, pid, told = outcome_of(manager)
         if outcome == "started":
+            wait_for(select.POLLOUT, 1)
+            signal.pthread_sigmask(signal.SIG_BLOCK, NOTED)  # too late to give the start up
             say(f"{PROGRAM}: {pid} started, {told}")
-            signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # too late to give the start up
             with suppress(OSError):  # the manager may have ended since
                 manager.sendall(word("told"))
             return
     except (Failure, KeyboardInterrupt):
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+        signal.pthread_sigmask(signal.SIG_BLOCK, NOTED)
         manager.shutdown(socket.SHUT_WR)
         _, pid, _ = outcome_of(manager)
-        await_end(pid)
+        await_end(pid, manager)
         raise
-    await_end(pid)
+    await_end(pid, manager)
     raise Failure(told)
 
 
@@ -533,19 +534,20 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def signal_manager(self, signum: signal.Signals, wait: bool = False) -> int:
         """Signal the manager; return its PID, with WAIT when it is gone.  Raises Failure if there is none."""
-        with failing_to("signal the manager"), suppress(ProcessLookupError):  # which means that it has just ended
+        with failing_to("signal the manager"), suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
             while (pid := self.read_pid()) is not None:
                 process = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
-                if self.read_pid() != pid:
-                    continue  # the descriptor, unlike a number, can mean no other process from now on
-                if not self.belongs_to_owner(pid):
-                    raise OSError(f"process {pid} does not belong to the owner of {self.path}")
-                if process is None:
-                    os.kill(pid, signum)
-                else:
-                    signal.pidfd_send_signal(process, signum)
-                while wait and self.read_pid() == pid:
-                    time.sleep(0.005)
+                with self.opened(os.O_RDONLY) as file:
+                    if self.read_pid() != pid:
+                        continue  # the descriptors, unlike a number, can mean no other process from now on
+                    if not self.belongs_to_owner(pid):
+                        raise OSError(f"process {pid} does not belong to the owner of {self.path}")
+                    if process is None:
+                        os.kill(pid, signum)
+                    else:
+                        signal.pidfd_send_signal(process, signum)
+                    while wait and not flocked(file, fcntl.LOCK_SH):  # the manager's until it has ended
+                        time.sleep(0.005)
                 if wait:
                     await_end(pid)
                 return pid
@@ -564,30 +566,31 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def ask_for_reload(self) -> str:
         """Have the manager reload; its verdict.  Raises Failure.
 
-        The question is a FIFO beside the PID file, made before the signal: the manager answers those that are
-        there when it begins to read its configuration.
+        The question is a FIFO beside the PID file.  It gets its name, by which the manager finds it, when it is open
+        for the answer and before the signal: the manager answers those that it finds when it begins to reload.
         """
-        question = f"{self.path}.reload-{os.getpid()}-{time.monotonic_ns()}"
-        with failing_to(f"ask with {question}"):
-            if self.read_pid() is None:
-                raise Failure("not running")
-            os.mkfifo(question, 0o600)
+        if self.read_pid() is None:
+            raise Failure("not running")
+        draft, question = (f"{self.path}.{stage}-{os.getpid()}-{time.monotonic_ns()}" for stage in ("asks", "reload"))
         try:
-            with (failing_to(f"ask with {question}"),
-                  io.FileIO(os.open(question, os.O_RDONLY | os.O_NONBLOCK)) as file):
-                if os.geteuid() == 0:
-                    os.fchown(file.fileno(), os.stat(self.path).st_uid, -1)
-                pid = self.signal_manager(signal.SIGHUP)
-                while True:
-                    alive = self.read_pid() == pid
-                    if verdict := heard(file.fileno()):
-                        return verdict
-                    if not alive:
-                        raise Failure("the service stopped meanwhile")
-                    time.sleep(0.01)
+            with failing_to(f"ask with {question}"):
+                os.mkfifo(draft, 0o600)
+                with io.FileIO(os.open(draft, os.O_RDONLY | os.O_NONBLOCK)) as file:
+                    if os.geteuid() == 0:
+                        os.fchown(file.fileno(), os.stat(self.path).st_uid, -1)
+                    os.rename(draft, question)
+                    pid = self.signal_manager(signal.SIGHUP)
+                    while True:
+                        alive = self.read_pid() == pid
+                        if verdict := heard(file.fileno()):
+                            return verdict
+                        if not alive:
+                            raise Failure("the service stopped meanwhile")
+                        time.sleep(0.01)
         finally:
-            with suppress(FileNotFoundError):  # the manager removes those that it has answered
-                os.unlink(question)
+            for name in (draft, question):
+                with suppress(FileNotFoundError):  # the manager removes those that it has answered
+                    os.unlink(name)
 
     def collect_questions(self) -> None:
         """Note all who wait for a reload: the one that begins now is theirs."""
@@ -623,8 +626,14 @@ def heard(file: int) -> str | None:
         return ""
 
 
-def await_end(pid: int) -> None:
-    """Wait until process PID, which is ending, has ended, where a descriptor can tell (pidfd_open(2))."""
+def await_end(pid: int, connection: socket.socket | None = None) -> None:
+    """Wait until process PID, which is ending, has ended.
+
+    Until then it holds the CONNECTION to it open; but whether it is still there, only a descriptor tells
+    (pidfd_open(2)), where there are such.
+    """
+    while connection and heard(connection.fileno()):
+        pass
     if pid and hasattr(os, "pidfd_open"):
         with suppress(ProcessLookupError):
             process = os.pidfd_open(pid)
@@ -798,14 +807,12 @@ class Board:
 # ---- Manager ------------------------------------------------------------------------
 
 RESPAWN_DELAY = 1.0  # s until what died is forked again
-SIGNALS_WAIT = 0.5  # s for which signals are deferred until a start is reported
 GIVE_UP_AFTER = 0.5  # s that an abandoned generation may take to exit
 TICK = 0.02  # s between two looks while something is under way
 DEADLY = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT,
           signal.SIGTRAP, signal.SIGSYS}  # not to be ignored, or of our own making
 JOB_CONTROL = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT}
-MEANT = STOPS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
-MEANINGLESS = signal.valid_signals() - DEADLY - JOB_CONTROL - MEANT
+MEANINGLESS = signal.valid_signals() - DEADLY - JOB_CONTROL - NOTED
 
 
 class Manager:
@@ -823,7 +830,7 @@ class Manager:
         self.born = 0  # generations so far
         self.starting = True  # until the launcher has reported the start; without one, until the service is ready
         self.ready = False  # one generation serves, and no other accepts clients
-        self.reload_wanted = False
+        self.reload_wanted = self.reloading = False
         self.not_before = 0.0  # on the clock: when a generation may be forked in the place of one that died
         self.stopping = False
         self.failure = ""  # why the service cannot run
@@ -834,7 +841,7 @@ class Manager:
         name_process("daemontest-mngr")
         log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
             + record("*", f"Max Requests per Child: {self.settings.max_requests}"))
-        self.signals = Signals(dict.fromkeys(MEANINGLESS, signal.SIG_IGN) | dict.fromkeys(MEANT, lambda *_: None))
+        self.signals = Signals(dict.fromkeys(MEANINGLESS, signal.SIG_IGN) | dict.fromkeys(NOTED, lambda *_: None))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         gc.freeze()  # a collection would touch, and so copy, memory that all processes share
         try:
@@ -851,23 +858,21 @@ class Manager:
             raise Failure(self.failure)
 
     def loop(self) -> None:
-        signals: list[int] = []
         while self.generations or not self.stopping:
             self.fork_missing_generation()
             self.tell_when_ready()
-            seconds = 0.0 if signals and not self.starting else self.time_to_wait()
+            seconds = self.time_to_wait()
 
-            signals += self.signals.wait(seconds, *self.talking())
+            signals = self.signals.wait(seconds, *self.talking())
 
             self.clock.go_on(seconds or 0.0)
             self.hear_launcher()
             self.hear_generations()
             self.bury_the_dead()
             self.kill_the_overdue()
-            # A start is told how it went before signals count, unless it takes long.
-            while signals and (self.stopping or not self.starting or self.clock.seconds > SIGNALS_WAIT):
-                match signals.pop(0):
-                    case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT as signum:
+            for signum in signals:
+                match signum:
+                    case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT:
                         self.stop(signum)
                     case signal.SIGHUP:
                         self.reload()
@@ -883,10 +888,9 @@ class Manager:
         """Fork the next generation, if one is wanted or missing, and there is room for it."""
         if self.stopping or self.in_state(State.LOADING) or len(self.generations) == 2:
             return
-        reloading = self.reload_wanted
         try:
-            if reloading:
-                self.reload_wanted = self.ready = False
+            if self.reload_wanted:
+                self.reload_wanted, self.reloading, self.ready = False, True, False
                 self.pid_file.collect_questions()
                 self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\n"
                             f"STATUS=loading generation {self.born + 1}")
@@ -899,7 +903,7 @@ class Manager:
             elif not self.in_state(State.SERVING) and self.clock.seconds >= self.not_before:
                 self.fork_generation(self.settings)
         except Failure as why:
-            self.loading_failed(self.born + 1, str(why), not reloading)
+            self.loading_failed(self.born + 1, str(why))
 
     def fork_generation(self, settings: Settings, log_file: io.FileIO | None = None) -> None:
         log(record("*", f"Manager Process ID: {self.pid}"))
@@ -908,20 +912,20 @@ class Manager:
         with failing_to("fork a generation"):
             generation = Generation(self.born + 1, settings, log_file)
             try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # until the child, too, has somebody to take them
+                signal.pthread_sigmask(signal.SIG_BLOCK, NOTED)  # until the child, too, has somebody to take them
                 generation.pid = forked(functools.partial(generation.live, self))
             except OSError:
                 generation.close()
                 raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())
-                os.close(generation.telling)
-                os.close(generation.lifeline)
+                os.close(generation.to_manager)
         self.born += 1
         self.generations.append(generation)
         log(record("*", "Loading configuration.", generation.pid))
         with suppress(BrokenPipeError):  # it has been killed already
-            os.write(generation.alive, b"begin\n")  # only now that its PID is known here and its beginning recorded
+            # Only now that its PID is known here, and its beginning recorded.
+            os.write(generation.to_generation, b"begin\n")
 
     # -- what the loop waits for --
 
@@ -932,7 +936,7 @@ class Manager:
 
     def talking(self) -> list[int]:
         """The descriptors of those that may have something to say."""
-        files = [generation.news for generation in self.in_state(State.LOADING) if not generation.silent]
+        files = [generation.to_generation for generation in self.in_state(State.LOADING) if not generation.silent]
         return [*files, self.launcher.fileno()] if self.launcher and not self.stopping else files
 
     def hear_launcher(self) -> None:
@@ -949,12 +953,12 @@ class Manager:
 
     def hear_generations(self) -> None:
         for generation in self.in_state(State.LOADING):
-            outcome = heard(generation.news)
+            outcome = heard(generation.to_generation)
             if outcome == "up":
                 self.take_over(generation)
             elif outcome:
                 generation.state, generation.kill_at = State.GIVEN_UP, self.clock.seconds + GIVE_UP_AFTER
-                self.loading_failed(generation.number, outcome, generation.log_file is None)
+                self.loading_failed(generation.number, outcome)
             generation.silent = outcome == ""
 
     def take_over(self, generation: Generation) -> None:
@@ -962,7 +966,7 @@ class Manager:
         for last in self.in_state(State.SERVING):
             self.dismiss(last)
         generation.state, generation.since = State.SERVING, time.time()
-        self.settings, self.last_failure = generation.settings, ""
+        self.settings, self.reloading, self.last_failure = generation.settings, False, ""
         if generation.log_file:
             LOG.take(generation.log_file)
             generation.log_file = None
@@ -970,22 +974,24 @@ class Manager:
             seconds = math.ceil(self.settings.timeout)
             self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
 
-    def loading_failed(self, number: int, why: str, unasked: bool) -> None:
-        """Tell whoever is concerned WHY generation NUMBER did not come up; UNASKED if it was to replace a dead one."""
+    def loading_failed(self, number: int, why: str) -> None:
+        """Tell whoever is concerned WHY generation NUMBER did not come up."""
         self.last_failure = f"; generation {number} failed: {printable(why)}"
-        for serving in self.in_state(State.SERVING):
-            serving.board.allow(2)
-        if self.starting:
+        serving = self.in_state(State.SERVING)
+        for generation in serving:
+            generation.board.allow(2)
+        if self.starting and not serving:
             log(record("*", f"Manager Failed: {printable(why)}"))
             self.failure = why
             self.stop()
-        elif unasked:
+        elif self.reloading:
+            log(record("*", f"Nothing Changed: {printable(why)}"))
+            self.reloading = False
+            self.pid_file.answer(f"failed {why}")
+        else:
             log(record("*", f"Generation Failed: {printable(why)}"))
             self.notify(f"STATUS=generation {number} failed: {printable(why)}")
             self.not_before = self.clock.seconds + RESPAWN_DELAY
-        else:
-            log(record("*", f"Nothing Changed: {printable(why)}"))
-            self.pid_file.answer(f"failed {why}")
 
     def tell_when_ready(self) -> None:
         """Tell whoever waits when a generation serves and no other accepts clients any more."""
@@ -1031,8 +1037,8 @@ class Manager:
             kill_group(generation.pid)  # what its module has started
         cause = cause_of_death(status)
         if was is State.LOADING:
-            why = not_loaded(generation.settings, f"the process died ({cause})")
-            self.loading_failed(generation.number, why, generation.log_file is None)
+            self.loading_failed(generation.number,
+                                not_loaded(generation.settings, f"the process died ({cause})"))
         elif was is State.SERVING:
             log(record("*", f"Generation Died. ({cause})", generation.pid))
             self.notify(f"STATUS=generation {generation.number} died: {cause}")
@@ -1061,7 +1067,8 @@ class Manager:
         """Stop gracefully."""
         if signum:
             log(record("*", f"Caught {signal.Signals(signum).name}"))
-            if self.starting and not self.ready:
+            loaded = any(generation.board.head[Board.IMPORTED] for generation in self.generations)
+            if self.starting and not self.ready and (self.launcher or not loaded):
                 self.failure = f"cannot start: caught {signal.Signals(signum).name}"
         self.stopping = True
         self.notify("STOPPING=1\nSTATUS=stopping")
@@ -1184,9 +1191,9 @@ class Generation:
         self.number, self.settings = number, settings
         self.log_file = log_file  # of a reload: the log, opened anew
         self.board = Board(settings.workers)
-        self.news, self.telling = os.pipe()  # its word on how it went
-        self.lifeline, self.alive = os.pipe()  # the manager alone holds ALIVE: end-of-file means that it is gone
-        os.set_blocking(self.news, False)
+        # Its word on how it went comes this way; end-of-file means that the other process is gone.
+        self.to_generation, self.to_manager = (end.detach() for end in socket.socketpair())
+        os.set_blocking(self.to_generation, False)
 
     def orphans(self) -> dict[int, memoryview[float]]:
         """The workers that outlive it, with their places.  They lead groups in our session, as no recycled PID does."""
@@ -1202,8 +1209,7 @@ class Generation:
         return found
 
     def close(self) -> None:
-        os.close(self.news)
-        os.close(self.alive)
+        os.close(self.to_generation)
         if self.log_file:
             self.log_file.close()
 
@@ -1222,15 +1228,15 @@ class Generation:
         name_process("daemontest-gen")
         for signum in (signal.SIGINT, signal.SIGQUIT):
             signal.signal(signum, signal.SIG_IGN)  # discards the terminal's, sent before this was a group of its own
-        for signum in (MEANT | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
+        for signum in (NOTED | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
             signal.signal(signum, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.read(self.lifeline, 100)  # until the manager has noted this process
+        os.read(self.to_manager, 100)  # until the manager has noted this process
         # SIGIO ends this process when the manager is killed while the module, or its C code, goes on (fcntl(2)).
-        fcntl.fcntl(self.lifeline, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(self.lifeline, fcntl.F_SETFL, os.O_ASYNC)
-        if readable(self.lifeline, 0):
+        fcntl.fcntl(self.to_manager, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self.to_manager, fcntl.F_SETFL, os.O_ASYNC)
+        if readable(self.to_manager, 0):
             os._exit(1)  # the manager had gone before SIGIO was armed
         self.printed = Printed()
         sys.stdout = sys.stderr = self.printed.stream()
@@ -1258,16 +1264,15 @@ class Generation:
         for descriptor in (*manager.terminal, manager.signals.reading, manager.signals.writing):
             os.close(descriptor)
         for generation in (*manager.generations, self):
-            os.close(generation.news)
-            os.close(generation.alive)
+            os.close(generation.to_generation)
 
     def settle(self, handler: Callable[[str], str]) -> None:
         """Undo what the handler's module may have done to this process, and prepare for the workers."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        fcntl.fcntl(self.lifeline, fcntl.F_SETFL, 0)
-        self.workers_lifeline, self.workers_alive = os.pipe()
+        fcntl.fcntl(self.to_manager, fcntl.F_SETFL, 0)
+        self.lifeline, self.alive = os.pipe()  # end-of-file tells the workers that this process is gone
         self.worker = Worker(self, handler)
-        self.signals = Signals(dict.fromkeys(IGNORED, signal.SIG_IGN)
+        self.signals = Signals(dict.fromkeys(JOB_CONTROL, signal.SIG_DFL) | dict.fromkeys(IGNORED, signal.SIG_IGN)
                                | {WAKE: lambda *_: None, signal.SIGTERM: self.worker.catch})
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.board.head[Board.IMPORTED] = True  # from now on it can be told to leave
@@ -1283,7 +1288,7 @@ class Generation:
     def tell(self, outcome: str) -> None:
         """Tell the manager how it went; it may be gone."""
         with suppress(OSError):
-            os.write(self.telling, word(outcome))
+            os.write(self.to_manager, word(outcome))
 
     def supervise(self) -> None:
         while self.children or not self.leaving:
@@ -1291,7 +1296,7 @@ class Generation:
             self.tell_when_up()
             seconds = self.time_to_wait()
 
-            self.signals.wait(seconds, *([] if self.manager_is_gone else [self.lifeline]))
+            self.signals.wait(seconds, *([] if self.manager_is_gone else [self.to_manager]))
 
             self.clock.go_on(seconds)
             self.bury_the_dead()
@@ -1300,7 +1305,7 @@ class Generation:
             if self.worker.caught:
                 self.worker.caught = False
                 self.leave()
-            if not self.manager_is_gone and readable(self.lifeline, 0):
+            if not self.manager_is_gone and readable(self.to_manager, 0):
                 self.manager_is_gone = True
                 self.board.head[Board.STOPPING] = True
                 self.leave()
@@ -1314,7 +1319,6 @@ class Generation:
             missing -= 1
             place = self.board.take_place()
             try:
-                name_process("daemontest-work")  # here, where that is cheaper than in each worker
                 # Python drops, in the child, a signal that comes before os.fork() has returned there.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
                 pid = forked(functools.partial(self.worker.live, place))
@@ -1325,7 +1329,6 @@ class Generation:
                 return
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-                name_process("daemontest-gen")
             self.children[pid] = Child(place)
 
     def there_is_room(self) -> bool:
@@ -1447,7 +1450,6 @@ class Worker:
     serving = True  # accepts clients
     told_to_leave = False
     caught = False  # SIGTERM
-    used_up = False  # the handler keeps so many descriptors open that it would soon fail
     stopping = False  # the service stops, so clients that have not sent a byte are let go
     in_fork = False  # this is a process that the handler has forked
     place: memoryview[float] = memoryview(b"").cast("d")  # on the board; empty, and so false, in the generation
@@ -1465,7 +1467,7 @@ class Worker:
         """In the generation: what all its workers have in common."""
         self.generation, self.generation_pid = generation, os.getpid()
         self.settings, self.board, self.handler = generation.settings, generation.board, handler
-        self.lifeline, self.printed = generation.workers_lifeline, generation.printed
+        self.lifeline, self.printed = generation.lifeline, generation.printed
         self.listener = generation.listener
         self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.requests_left = self.settings.max_requests
@@ -1477,8 +1479,9 @@ class Worker:
         self.signals = Signals({})  # what they mean stands already
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         its = self.generation
-        for descriptor in (its.telling, its.lifeline, its.workers_alive, its.signals.reading, its.signals.writing):
+        for descriptor in (its.to_manager, its.alive, its.signals.reading, its.signals.writing):
             os.close(descriptor)
+        name_process("daemontest-work")
         self.place, self.pid = place, os.getpid()
         place[Board.PID] = self.pid
         if self.foreign:
@@ -1543,11 +1546,13 @@ class Worker:
         listener = self.listener.fileno()
         while self.serving or self.in_hand:
             # Accept, before all else what this worker was woken for.  Without clients in hand ask at once.
-            accepted = (self.serving and (not self.in_hand or (listener in ready and not self.gives_way()))
-                        and self.accept())
-            if self.serving and (self.told_to_leave or (accepted and self.requests_left <= 0)):
+            accepted = False
+            if self.serving and (not self.in_hand or (listener in ready and not self.gives_way())):
+                accepted = self.accept()
+                ready.pop(listener, None)
+            if accepted and self.requests_left <= 0:
                 self.leave()
-            if accepted and not self.in_hand:
+            if accepted and not self.in_hand and not self.told_to_leave:
                 continue
 
             # Go on with those that are ready, and with those that are late.
@@ -1555,8 +1560,8 @@ class Worker:
                 if client := self.in_hand.get(descriptor):
                     self.go_on(client)
 
-            if self.used_up and self.serving:
-                self.leave()  # without another client: the handler would fail it
+            if self.serving and self.told_to_leave and listener not in ready:  # nobody else may have been woken for it
+                self.leave()
 
             # Wait.
             if self.serving or self.in_hand:
@@ -1613,7 +1618,7 @@ class Worker:
                   if place is not self.place and place[Board.STATE] == Board.SERVING and not place[Board.CALLED]]
         idle = any(not place[Board.IN_HAND] for place in others)
         expecting = bool(others) and self.clock.seconds < self.latest_until and self.latest in self.in_hand
-        if not self.foreign or self.gave_way == GIVE_WAY_TIMES or not (idle or expecting):
+        if not self.foreign or self.told_to_leave or self.gave_way == GIVE_WAY_TIMES or not (idle or expecting):
             self.gave_way = 0
             return False
         self.gave_way += 1
@@ -1828,7 +1833,7 @@ class Worker:
         kept_open = self.lowest_free_descriptor() - self.own_descriptors - len(self.in_hand)
         if 2 * kept_open > self.most_clients and not self.told_to_leave:
             log(record("*", "Handler Keeps Descriptors Open."))
-            self.told_to_leave = self.used_up = True
+            self.told_to_leave = True  # before it takes another client, which the handler would fail
 
     def lowest_free_descriptor(self) -> int:
         try:
@@ -1870,10 +1875,15 @@ def patience_after(text: bytearray) -> float:
 
 
 def readable(file: int | socket.SocketType, seconds: float) -> bool:
-    """Whether FILE has something to read, or ends, within SECONDS.  It may be a descriptor above 1023."""
+    """Whether FILE has something to read, or ends, within SECONDS."""
+    return wait_for(select.POLLIN, file, seconds)
+
+
+def wait_for(event: int, file: int | socket.SocketType, seconds: float | None = None) -> bool:
+    """Wait for an EVENT of poll(2), or the end, of FILE; whether it comes within SECONDS.  FILE may be above 1023."""
     poller = select.poll()
-    poller.register(file, select.POLLIN)
-    return bool(poller.poll(math.ceil(seconds * 1000)))
+    poller.register(file, event)
+    return bool(poller.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
 # ---- The end of a process that has run a handler ------------------------------------

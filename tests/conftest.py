@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -146,10 +146,10 @@ class Service:
 
     def children(self, pid: int) -> set[int]:
         """The living children of PID."""
-        try:
-            found = {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-        except OSError:  # it has gone
-            return set()
+        found: set[int] = set()
+        for _ in range(2):  # while one is being reaped, the kernel may miss others
+            with suppress(OSError):  # it has gone
+                found |= {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
         return {child for child in found if alive(child)}
 
     def generations(self, manager: int | None = None) -> set[int]:
@@ -160,6 +160,18 @@ class Service:
         """The one generation, once there is no other."""
         found: list[int] = wait_until(lambda: len(living := [*self.generations()]) == 1 and living, "one generation")
         return found[0]
+
+    def serving_generation(self, manager: int | None = None) -> int:
+        """Wait until the manager says that a generation serves; its PID.  A stop before that gives a start up."""
+        manager = manager or self.manager()
+        before = len(self.records("Generation .* serving"))
+
+        def told() -> list[re.Match[str]]:
+            os.kill(manager, signal.SIGUSR1)
+            return self.records("Generation .* serving")[before:]
+
+        found: list[re.Match[str]] = wait_until(told, "a generation to serve")
+        return int(found[0]["pid"])
 
     def workers(self, manager: int | None = None) -> set[int]:
         """The living workers of all generations."""
@@ -176,11 +188,12 @@ class Service:
 
     def has_client(self, worker: int) -> bool:
         """Whether WORKER has accepted a connection: a socket beside the listening one.  Quick (Linux)."""
-        try:
-            files = [os.readlink(file) for file in Path(f"/proc/{worker}/fd").iterdir()]
-        except OSError:  # a file, or the worker, has gone meanwhile
-            return False
-        return sum(file.startswith("socket:") for file in files) > 1
+        sockets = 0
+        with suppress(OSError):  # the worker has gone meanwhile
+            for file in Path(f"/proc/{worker}/fd").iterdir():
+                with suppress(OSError):  # the file has
+                    sockets += os.readlink(file).startswith("socket:")
+        return sockets > 1
 
     def processes(self) -> set[int]:
         """Every living process that this test started and that runs the daemon."""

@@ -80,23 +80,13 @@ def test_an_outcome_that_cannot_be_told_is_an_error(service: Service) -> None:
 # ---- Foreground ---------------------------------------------------------------------
 
 
-def wait_for_the_start(service: Service, workers: int) -> None:
-    """Wait until a start in the foreground is over: a stop that comes before makes it a start that failed."""
-    service.wait_for_records("Child Process Started.", workers)
-
-    def told() -> bool:
-        os.kill(service.manager(), signal.SIGUSR1)
-        return bool(service.records("Generation 1: .* serving"))
-
-    wait_until(told, "the manager to know that its generation is up")
-
-
 def test_foreground_stays_logs_to_standard_error_and_ends_with_ctrl_c(service: Service) -> None:
     with open(service.home / "stderr", "w+") as stderr:
         # A terminal's Ctrl-C goes to the whole process group.
         running = service.foreground("-w", "2", stderr=stderr, start_new_session=True)
         service.log_file = service.home / "stderr"
-        wait_for_the_start(service, 2)
+        service.wait_for_records("Child Process Started.", 2)
+        service.serving_generation()
         assert service.ask("x").endswith(" your text size: 1\n")
         assert service.manager() == running.pid == os.getsid(running.pid)
         os.killpg(running.pid, signal.SIGINT)
@@ -109,7 +99,8 @@ def test_foreground_stays_logs_to_standard_error_and_ends_with_ctrl_c(service: S
 def test_foreground_logs_to_a_file_that_is_named(service: Service) -> None:
     running = service.foreground("--log-file", "named.log")
     service.log_file = service.home / "named.log"
-    wait_for_the_start(service, 5)
+    service.wait_for_records("Child Process Started.", 5)
+    service.serving_generation()
     assert service.stop().returncode == 0
     assert running.communicate(timeout=50) == ("", "")
     assert running.returncode == 0
@@ -171,7 +162,8 @@ def test_foreground_goes_back_to_standard_error_when_the_log_file_is_named_no_mo
     service.configure("workers = 1\nlog_file = 'daemontest.log'")
     with open(service.home / "stderr", "w") as errors:
         daemon = service.foreground(stderr=errors)
-        wait_for_the_start(service, 1)
+        service.wait_for_records("Child Process Started.", 1)
+        service.serving_generation()
         service.configure("workers = 1")
         assert service.run("--reload").returncode == 0  # returns when the manager, too, writes to the new log
         service.log_file = service.home / "stderr"

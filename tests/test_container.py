@@ -46,7 +46,7 @@ class Container:
     def __enter__(self) -> Container:
         self.service.wait_for_records("Child Process Started.")
         self.manager, = self.service.children(self.bwrap.pid)
-        wait_until(self.serves, "the start")  # a stop before that would be a failed start
+        self.service.serving_generation(self.manager)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,11 +54,6 @@ class Container:
             self.bwrap.kill()  # and so process 1, and so all
             self.bwrap.wait(DEADLINE)
         wait_until(lambda: not self.service.processes(), "the container's processes to go")
-
-    def serves(self) -> bool:
-        """Whether the manager knows that its generation is up."""
-        os.kill(self.manager, signal.SIGUSR1)
-        return bool(self.service.records("Generation 1: .* serving"))
 
     def execute(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The daemon's command in the container, like `docker exec`."""

@@ -16,22 +16,6 @@ TWO = "def handle(text):\n    return 'two'"
 BROKEN = "raise RuntimeError('no good')"
 
 
-def wait_until_serving(service: Service, generation: int) -> None:
-    """Wait until the manager knows that GENERATION is up."""
-    def told() -> bool:
-        os.kill(service.manager(), signal.SIGUSR1)
-        return any(int(match["pid"]) == generation for match in service.records("Generation .* serving"))
-
-    wait_until(told, "the generation to be up")
-
-
-def serving_generation(service: Service) -> int:
-    """The only generation, when the manager knows that it is up."""
-    generation = service.generation()
-    wait_until_serving(service, generation)
-    return generation
-
-
 def messages(service: Service, pid: int) -> list[str]:
     return [match["message"] for match in service.records() if int(match["pid"]) == pid]
 
@@ -207,7 +191,7 @@ def test_one_that_dies_is_started_anew_after_a_second_and_everybody_is_answered(
     with Load(service, 2, pause=0.02) as load:
         for count, (cause, kill) in enumerate(DEATHS.items(), 1):
             load.wait_for(10)
-            generation = serving_generation(service)
+            generation = service.serving_generation()
             kill(generation)
             died = service.wait_for_records("Generation Died", count)[-1]
             assert (int(died["pid"]), died["message"]) == (generation, f"Generation Died. ({cause})")
@@ -233,7 +217,7 @@ def test_the_workers_of_one_that_dies_finish_what_they_have_and_leave(service: S
         wait_until(lambda: not any(map(alive, workers - {busy})), "the idle workers to leave")
         assert alive(busy)
         wait_until(lambda: len(service.workers()) == 3, "a new generation's workers")
-        serving_generation(service)
+        service.serving_generation()
         new = service.workers()
         assert not new & workers
         os.kill(manager, signal.SIGHUP)  # waits, as for any generation of which there are still workers
@@ -310,7 +294,7 @@ def test_one_that_dies_while_it_leaves_is_not_started_anew(service: Service) -> 
         os.kill(manager, signal.SIGHUP)
         wait_until(lambda: len(service.workers()) == 2, "the second generation")
         [second] = service.generations() - {first}
-        wait_until_serving(service, second)
+        wait_until(lambda: service.serving_generation() == second, "the second generation to serve")
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: service.generations() == {second}, "the first generation to die")
         time.sleep(1.2)  # in which a new one would be started

@@ -186,22 +186,11 @@ def test_a_fork_of_the_handlers_module_keeps_neither_the_port_nor_the_lock(
     assert service.ask("x").endswith(" your text size: 1\n")
 
 
-def wait_until_serving(service: Service, manager: int) -> None:
-    """Wait until MANAGER knows that its generation is up: a stop before that would be a failed start."""
-    before = len(service.records("Generation 1: .* serving"))
-
-    def serves() -> bool:
-        os.kill(manager, signal.SIGUSR1)
-        return len(service.records("Generation 1: .* serving")) > before
-
-    wait_until(serves, "the start")
-
-
 def test_the_port_is_free_when_the_pid_file_is_gone(service: Service) -> None:
     for attempt in range(TIMES):
         daemon = service.foreground("-w", "8", "--log-file", service.log_file)
         service.wait_for_records("Child Process Started.", 8 * (attempt + 1))
-        wait_until_serving(service, daemon.pid)
+        service.serving_generation(daemon.pid)
         assert service.ask("x").endswith(" your text size: 1\n")
         os.kill(daemon.pid, signal.SIGTERM)
         end = time.monotonic() + 20

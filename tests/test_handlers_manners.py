@@ -66,7 +66,7 @@ def test_an_alarm_that_it_leaves_pending_harms_no_later_client(service: Service,
         assert service.ask(alarm) == f"{worker} {alarm}\n"
         assert service.ask("sleep") == f"{worker} sleep\n"  # for longer than the alarm
         assert service.ask(alarm) == f"{worker} {alarm}\n"
-        time.sleep(0.3)  # the alarm would find the worker idle
+        time.sleep(0.6)  # the alarm would find the worker idle
         assert service.ask("x") == f"{worker} x\n"
         slow.shutdown(socket.SHUT_WR)
         assert read_all(slow) == f"{worker} {'x' * 3000}\n".encode()

@@ -36,12 +36,7 @@ class Container:
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         service.wait_for_records("Child Process Started.")
         [self.manager] = service.children(self.unshare.pid)
-        wait_until(self.serves, "the start")
-
-    def serves(self) -> bool:
-        """Whether the manager knows that its generation is up."""
-        os.kill(self.manager, signal.SIGUSR1)
-        return bool(self.service.records("Generation 1: .* serving"))
+        service.serving_generation(self.manager)
 
     def generation(self) -> int:
         wait_until(lambda: len(self.service.generations(self.manager)) == 1, "one generation")

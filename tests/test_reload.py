@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Service, free_port, read_all, wait_until
+from conftest import Service, alive, free_port, read_all, wait_until
 
 HANDLER = """
 import helper
@@ -314,6 +314,28 @@ def starved(processes: set[int], besides: set[int]) -> Iterator[subprocess.Popen
 def has_term_pending(pid: int) -> bool:
     [pending] = re.findall(r"^ShdPnd:\t(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return bool(int(pending, 16) & 1 << signal.SIGTERM - 1)
+
+
+def test_once_the_command_has_returned_no_old_worker_takes_a_client(service: Service) -> None:
+    service.start("-w", "1", *service.use_handler("does_as_told"))
+    [old] = service.workers()
+    with service.connect() as busy, service.connect() as client:
+        busy.sendall(b"hold" + b" " * 3000 + b"gate")
+        wait_until(lambda: service.has_client(old), "it in hand")
+        busy.shutdown(socket.SHUT_WR)
+        wait_until((service.home / "held-gate").exists, "the handler to run")
+        reload(service)
+        [new] = service.workers() - {old}
+        os.kill(new, signal.SIGSTOP)  # as if it were not scheduled
+        try:
+            client.sendall(b"x")
+            client.shutdown(socket.SHUT_WR)
+            (service.home / "gate").touch()
+            assert read_all(busy) == b"%d your text size: 3008\n" % old
+            wait_until(lambda: not alive(old), "the old worker to end")
+        finally:
+            os.kill(new, signal.SIGCONT)
+        assert read_all(client) == b"%d your text size: 1\n" % new
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or len(os.sched_getaffinity(0)) < 2, reason="real-time priority needs root")

@@ -2,14 +2,16 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Service, wait_until
+from conftest import DAEMON, DATA, Service, wait_until
 
 
 def reloads(service: Service, *arguments: str | Path) -> None:
@@ -97,11 +99,8 @@ def test_every_one_of_several_at_a_time_is_told_when_its_own_change_is_in_force(
         reloads(service)
         missed.extend(reply for reply in (service.ask("x") for _ in range(4)) if letter not in reply)
 
-    threads = [threading.Thread(target=change, args=(letter,)) for letter in "abcdef"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(50)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(change, "abcdef"))  # which raises what one of them has raised
     assert not missed
     assert set(service.ask("x").split()[1]) == set("abcdef")
     assert questions(service) == []
@@ -118,6 +117,19 @@ def test_it_finds_the_service_by_its_configuration_and_by_its_pid_file(service: 
     missed = service.run("--reload", "-c", os.devnull)
     assert (missed.returncode, missed.stdout, missed.stderr) == (1, "", "daemontest.py: not running\n")
     assert len(service.records("Caught SIGHUP")) == 3
+
+
+def test_one_that_is_held_up_while_it_asks_is_told_all_the_same(service: Service) -> None:
+    service.start("-w", "1")
+    asker = service.home / "held_asker.py"
+    shutil.copy(DATA / asker.name, asker)
+    asking = service.popen(DAEMON, "--reload", script=asker)
+    wait_until((service.home / "held").exists, "it to make the question")
+    reloads(service)  # another's
+    (service.home / "go").touch()
+    assert asking.communicate(timeout=50) == (f"daemontest.py: {service.manager()} reloaded\n", "")
+    assert len(service.records("Caught SIGHUP")) == 2
+    assert list(service.home.glob("daemontest.pid.*")) == []
 
 
 def test_a_hup_meanwhile_delays_it_and_no_more(service: Service) -> None:

@@ -21,15 +21,15 @@ def handle(text):
     match text:
         case "alarm":
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
         case "alarm that raises":
             signal.signal(signal.SIGALRM, raise_late)
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
         case "alarms without end":
             signal.signal(signal.SIGALRM, raise_late)
-            signal.setitimer(signal.ITIMER_REAL, 0.2, 0.02)
+            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.02)
         case "sleep":
-            time.sleep(0.5)
+            time.sleep(0.8)
         case "leave one open":
             LEFT_OPEN.append(os.open("/dev/null", os.O_RDONLY))
         case "leave all open":

@@ -7,7 +7,7 @@ with socket.create_server(("::", 36000), family=socket.AF_INET6, dualstack_ipv6=
     for source in sys.argv[1:]:
         aim = "::1" if ":" in source else "127.0.0.1"
         try:
-            socket.create_connection((aim, 36000), timeout=0.5, source_address=(source, 0)).close()
+            socket.create_connection((aim, 36000), timeout=1.5, source_address=(source, 0)).close()
         except TimeoutError:
             print("dropped")
         else:
