@@ -23,26 +23,9 @@ Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usa
 
 from __future__ import annotations
 
-import os
-import sys
+import _signal  # type: ignore[import-not-found]  # the core of signal, which itself takes a while to import
 
-PROGRAM = "daemontest.py"
-
-
-def tell_and_exit(kind: type[BaseException], why: BaseException, trace: Any) -> None:
-    """Tell in one line what ends the program before main() is there to tell it."""
-    if isinstance(why.__cause__ or why, KeyboardInterrupt):  # Python 3.11 wraps up one that comes in __set_name__()
-        told = "interrupted"
-    elif issubclass(kind, ImportError):
-        told = f"cannot import a library: {why}; pip install python-daemon lockfile"
-    else:
-        sys.__excepthook__(kind, why, trace)
-        return
-    os.write(2, f"{PROGRAM}: {told}\n".encode(errors="replace"))
-    os._exit(1)
-
-
-sys.excepthook = tell_and_exit  # before the imports, which take longest
+_signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGINT})  # until main() can tell of it in one line
 
 import argparse
 import atexit
@@ -54,12 +37,14 @@ import importlib
 import io
 import math
 import mmap
+import os
 import re
 import resource
 import select
 import signal
 import socket
 import stat
+import sys
 import time
 import tomllib
 import traceback
@@ -70,10 +55,14 @@ from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
-from daemon import DaemonContext
-from lockfile.pidlockfile import PIDLockFile
-
+PROGRAM = "daemontest.py"
 __version__ = "2.0.0"
+
+try:
+    from daemon import DaemonContext
+    from lockfile.pidlockfile import PIDLockFile
+except ImportError as why:
+    sys.exit(f"{PROGRAM}: cannot import a library: {why}; pip install python-daemon lockfile")
 
 
 def text_length(text: str) -> str:
@@ -194,6 +183,7 @@ def main() -> None:
     action, file, given = parse_command_line()
     told, exit_status = "", 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         action(file, given)
     except Failure as why:
         told, exit_status = str(why), why.exit_status

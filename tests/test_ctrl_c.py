@@ -15,18 +15,19 @@ IN_FOREGROUND = 10
 SECONDS = 25  # for the moments of one test: on a busy machine they are fewer
 
 
-def first_line() -> int:
-    """Where the first statement of the script ends: its docstring, and what concerns the compiler, are none."""
+def first_lines() -> int:
+    """Where the script has blocked the signal: after the first two statements beside what concerns the compiler."""
     body = [node for node in ast.parse(DAEMON.read_text()).body
-            if not isinstance(node, ast.Expr) and getattr(node, "module", None) != "__future__"]
-    assert body[0].end_lineno
-    return body[0].end_lineno
+            if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+            and getattr(node, "module", None) != "__future__"]
+    assert "SIG_BLOCK" in ast.unparse(body[1])
+    return body[1].end_lineno or 0
 
 
 def is_pythons_own(errors: str) -> bool:
-    """Whether ERRORS are those of a Python that was interrupted before it had run the script's first statement."""
+    """Whether ERRORS are those of a Python that was interrupted before the script had blocked the signal."""
     lines = re.findall(rf'File "{re.escape(str(DAEMON))}", line (\d+)', errors)
-    return "KeyboardInterrupt" in errors and all(int(line) <= first_line() for line in lines)
+    return "KeyboardInterrupt" in errors and all(int(line) <= first_lines() for line in lines)
 
 
 def interrupt(service: Service, after: float, *arguments: str) -> tuple[int, str, str]:
@@ -111,6 +112,17 @@ def test_a_start_while_the_handler_is_imported(service: Service) -> None:
     assert start.returncode == 1
     assert not service.processes()
     assert not service.pid_file.exists()
+
+
+def test_a_start_is_not_given_up_once_it_has_been_told(service: Service) -> None:
+    for _ in range(6):
+        start = service.popen("-p", str(service.port), "-w", "2",
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        assert start.stdout and start.stdout.readline().endswith(f"started, 2 workers on port {service.port}\n")
+        start.send_signal(signal.SIGINT)
+        assert start.communicate(timeout=50) == ("", "")
+        assert start.returncode == 0
+        assert service.stop().returncode == 0
 
 
 def test_a_start_with_several_presses(service: Service) -> None:
