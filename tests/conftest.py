@@ -133,6 +133,14 @@ class Service:
             connection.shutdown(socket.SHUT_WR)
             return read_all(connection).decode()
 
+    def refuses(self) -> bool:
+        """Whether nobody listens any more: a process that ends closes its files a moment after it has lost its name."""
+        try:
+            self.connect().close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
     def client(self, text: str | bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         """testclient.py with TEXT as its standard input."""
         return subprocess.run(

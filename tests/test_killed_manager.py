@@ -30,15 +30,6 @@ def assert_not_running(service: Service) -> None:
     assert (stop.returncode, stop.stdout, stop.stderr) == (1, "", "daemontest.py: not running\n")
 
 
-def is_refused(service: Service) -> bool:
-    """Whether nobody listens any more: a process that ends closes its files a moment after it has lost its name."""
-    try:
-        service.connect().close()
-    except ConnectionRefusedError:
-        return True
-    return False
-
-
 def test_idle_workers_go_at_once_and_the_next_start_succeeds(service: Service) -> None:
     took = []
     for _ in range(TIMES):
@@ -93,7 +84,7 @@ def test_under_load_every_request_in_hand_is_answered_and_the_workers_go(service
             load.wait_for(50)
             began = time.monotonic()
             kill(manager)
-            wait_until(lambda: not service.processes() and is_refused(service), "all workers to go", 10)
+            wait_until(lambda: not service.processes() and service.refuses(), "all workers to go", 10)
             took.append(time.monotonic() - began)
         assert_not_running(service)
         assert {reply.partition(b" ")[2] for reply in load.replies} == {b"your text size: 1\n"}

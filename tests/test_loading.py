@@ -288,19 +288,10 @@ def test_when_the_manager_is_killed_an_import_ends_with_it(service: Service, hol
     os.kill(manager, signal.SIGHUP)
     slow.wait_for(2)
     os.kill(manager, signal.SIGKILL)
-    wait_until(lambda: not service.processes() and is_refused(service), "the generations to go", HASTE)
+    wait_until(lambda: not service.processes() and service.refuses(), "the generations to go", HASTE)
     slow.let_go()
     service.start("-w", "1", *slow.arguments)
     assert replies(service) == {"one\n"}
-
-
-def is_refused(service: Service) -> bool:
-    """Whether nobody listens any more: a process that ends closes its files a moment after it has lost its name."""
-    try:
-        service.connect().close()
-    except ConnectionRefusedError:
-        return True
-    return False
 
 
 def test_a_generation_that_dies_during_a_reload_is_followed_by_the_one_that_loads(service: Service) -> None:
