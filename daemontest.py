@@ -1550,7 +1550,9 @@ class Worker:
                 if client := self.in_hand.get(descriptor):
                     self.go_on(client)
 
-            if self.serving and self.told_to_leave and listener not in ready:  # nobody else may have been woken for it
+            if self.serving and self.told_to_leave:
+                if listener in ready:
+                    continue  # to accept what this worker was woken for: nobody else may have been
                 self.leave()
 
             # Wait.
