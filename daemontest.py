@@ -378,6 +378,8 @@ def await_outcome(manager: socket.socket) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTED)
         outcome, pid, told = outcome_of(manager)
         if outcome == "started":
+            with failing_to("write to standard output"):
+                os.write(1, b"")  # fails if it is open for reading alone, for which poll(2) would wait in vain
             wait_for(select.POLLOUT, 1)
             signal.pthread_sigmask(signal.SIG_BLOCK, NOTED)  # too late to give the start up
             say(f"{PROGRAM}: {pid} started, {told}")
@@ -397,7 +399,8 @@ def await_outcome(manager: socket.socket) -> None:
 def outcome_of(manager: socket.socket) -> tuple[str, int, str]:
     """The manager's word on a start: "started" or "failed", its PID (0 if it died without a word), and what to tell."""
     said = heard(manager.fileno()) or "failed 0 cannot start: the manager died"
-    outcome, pid, told = said.split(" ", 2)
+    last = said.rstrip("\0").rpartition("\0")[2]  # a stop may have followed a start
+    outcome, pid, told = last.split(" ", 2)
     return outcome, int(pid), told
 
 
@@ -536,10 +539,11 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                         os.kill(pid, signum)
                     else:
                         signal.pidfd_send_signal(process, signum)
-                    while wait and not flocked(file, fcntl.LOCK_SH):  # the manager's until it has ended
+                    # The lock is the manager's until it has ended; then it may be the next one's.
+                    while wait and not flocked(file, fcntl.LOCK_SH) and self.read_pid() in (None, pid):
                         time.sleep(0.005)
-                if wait:
-                    await_end(pid)
+                while wait and process is not None and not readable(process, 60.0):
+                    pass
                 return pid
         raise Failure("not running")
 
@@ -616,13 +620,13 @@ def heard(file: int) -> str | None:
         return ""
 
 
-def await_end(pid: int, connection: socket.socket | None = None) -> None:
+def await_end(pid: int, connection: socket.socket) -> None:
     """Wait until process PID, which is ending, has ended.
 
-    Until then it holds the CONNECTION to it open; but whether it is still there, only a descriptor tells
+    It holds the CONNECTION open until its very last moment; that, too, is over when a descriptor says so
     (pidfd_open(2)), where there are such.
     """
-    while connection and heard(connection.fileno()):
+    while heard(connection.fileno()):
         pass
     if pid and hasattr(os, "pidfd_open"):
         with suppress(ProcessLookupError):
@@ -1000,7 +1004,7 @@ class Manager:
         if self.launcher:
             port = self.listener.getsockname()[1]
             with suppress(OSError):  # its end is noticed by hear_launcher()
-                self.launcher.sendall(word(f"started {self.pid} {workers} workers on port {port}"))
+                self.launcher.sendall(word(f"started {self.pid} {workers} workers on port {port}\0"))
         else:
             self.starting = False
 
@@ -1022,7 +1026,8 @@ class Manager:
         self.hear_generations()  # its last words
         was, generation.state = generation.state, State.DEAD
         generation.board.allow(0)
-        generation.kill_at = min(generation.kill_at, self.clock.seconds + generation.settings.grace)
+        most = math.inf if was is State.GIVEN_UP else generation.kill_at
+        generation.kill_at = min(most, self.clock.seconds + generation.settings.grace)  # for its workers
         if status:
             kill_group(generation.pid)  # what its module has started
         cause = cause_of_death(status)
@@ -1117,7 +1122,8 @@ class Manager:
 
 # ---- Generation ---------------------------------------------------------------------
 
-IGNORED = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM}
+IGNORED = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM,
+           signal.SIGTTOU}
 WAKE = signal.SIGCHLD  # a worker sends it to have its generation look after its workers at once
 
 
@@ -1218,13 +1224,15 @@ class Generation:
         name_process("daemontest-gen")
         for signum in (signal.SIGINT, signal.SIGQUIT):
             signal.signal(signum, signal.SIG_IGN)  # discards the terminal's, sent before this was a group of its own
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # with -f, a terminal may stop other groups that write to it
         for signum in (NOTED | MEANINGLESS) - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
             signal.signal(signum, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.read(self.to_manager, 100)  # until the manager has noted this process
-        # SIGIO ends this process when the manager is killed while the module, or its C code, goes on (fcntl(2)).
-        fcntl.fcntl(self.to_manager, fcntl.F_SETOWN, os.getpid())
+        # SIGIO ends this process, and what its module has forked, when the manager is killed while the module, or its C
+        # code, goes on (fcntl(2)).
+        fcntl.fcntl(self.to_manager, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(self.to_manager, fcntl.F_SETFL, os.O_ASYNC)
         if readable(self.to_manager, 0):
             os._exit(1)  # the manager had gone before SIGIO was armed

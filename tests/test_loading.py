@@ -223,6 +223,23 @@ def serves(service: Service) -> bool:
         return False
 
 
+def test_a_launcher_that_is_held_up_while_signals_count_tells_of_one_start(service: Service) -> None:
+    slow = Slow(service, hold="hold")
+    launcher = start(service, slow)
+    launcher.send_signal(signal.SIGSTOP)
+    slow.let_go()
+    manager = service.manager()
+    first = service.serving_generation()
+    os.kill(manager, signal.SIGHUP)
+    wait_until(lambda: service.serving_generation() != first and len(service.generations()) == 1, "a reload")
+    service.serving_generation()
+    launcher.send_signal(signal.SIGCONT)
+    assert launcher.communicate(timeout=DEADLINE) == (
+        f"daemontest.py: {manager} started, 5 workers on port {service.port}\n", "")
+    assert launcher.returncode == 0
+    assert replies(service) == {"one\n"}
+
+
 # ---- At a reload ------------------------------------------------------------------------
 
 
@@ -292,6 +309,16 @@ def test_when_the_manager_is_killed_an_import_ends_with_it(service: Service, hol
     slow.let_go()
     service.start("-w", "1", *slow.arguments)
     assert replies(service) == {"one\n"}
+
+
+def test_when_the_manager_is_killed_what_an_import_has_forked_ends_with_it(service: Service) -> None:
+    service.write_handler("def handle(text):\n    return 'one'\n")
+    manager = service.start("-w", "1", "--handler", "service:handle")
+    service.write_handler("import os, time\nif os.fork():\n    print('forked')\ntime.sleep(60)\n")
+    os.kill(manager, signal.SIGHUP)
+    wait_until(lambda: "forked\n" in service.log, "the import to fork")
+    os.kill(manager, signal.SIGKILL)
+    wait_until(lambda: not service.processes() and service.refuses(), "all to go", HASTE)
 
 
 def test_a_generation_that_dies_during_a_reload_is_followed_by_the_one_that_loads(service: Service) -> None:

@@ -1,5 +1,6 @@
 """Whatever environment it is started in, the service starts, answers, reloads and stops."""
 
+import fcntl
 import os
 import pwd
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,22 @@ def test_it_lives_in_the_foreground_when_its_parent_ignores_and_blocks_signals(
         service.wait_for_records("Child Process Started.", started + 2)
         os.kill(process.pid, signum)
         assert process.wait(DEADLINE) == 0
+
+
+def test_it_lives_in_the_foreground_of_a_terminal_that_stops_background_output(service: Service) -> None:
+    controlling, terminal = os.openpty()
+    settings = termios.tcgetattr(terminal)
+    settings[3] |= termios.TOSTOP
+    termios.tcsetattr(terminal, termios.TCSANOW, settings)
+    daemon = service.foreground("-w", "2", stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+                                preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0))
+    wait_until(lambda: service.pid_file.exists() and not service.refuses(), "it to listen")
+    assert service.ask("あ\n").endswith(" your text size: 2\n")
+    assert b"Child Process Started." in os.read(controlling, 10000)
+    daemon.terminate()
+    assert daemon.wait(DEADLINE) == 0
+    os.close(terminal)
+    os.close(controlling)
 
 
 def test_it_lives_without_a_home(service: Service) -> None:

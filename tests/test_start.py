@@ -84,6 +84,18 @@ def test_a_start_that_cannot_say_that_it_succeeded_leaves_nothing_behind(service
     assert not service.pid_file.exists()
 
 
+def test_nor_does_one_whose_output_is_open_for_reading_alone(service: Service) -> None:
+    reading, writing = os.pipe()
+    start = service.popen("-p", str(service.port), stdout=reading)
+    _, errors = start.communicate(timeout=50)
+    assert start.returncode == 1
+    assert errors == "daemontest.py: cannot write to standard output: Bad file descriptor\n"
+    assert not service.processes()
+    assert not service.pid_file.exists()
+    os.close(reading)
+    os.close(writing)
+
+
 def test_a_start_whose_manager_is_killed_says_so_and_leaves_no_pid_file(service: Service) -> None:
     service.write_handler("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\ndef handle(text): return text\n")
     done = service.run("-p", str(service.port), "--handler", "service:handle")
