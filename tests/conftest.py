@@ -74,6 +74,7 @@ class Service:
         self.pid_file = home / "daemontest.pid"
         self.log_file = home / "daemontest.log"
         self.expected: list[str] = []  # patterns of the log lines of trouble that the test makes on purpose
+        self.commands: list[subprocess.Popen[str]] = []
 
     # -- commands --
 
@@ -97,7 +98,8 @@ class Service:
         """A command of the daemon's (or client's); returns at once."""
         options = {"cwd": self.home, "env": self.env, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
                    "stderr": subprocess.PIPE, "text": True, **options}
-        return subprocess.Popen([sys.executable, str(script), *map(str, arguments)], **options)
+        self.commands.append(subprocess.Popen([sys.executable, str(script), *map(str, arguments)], **options))
+        return self.commands[-1]
 
     def foreground(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
         """Start with -f; returns at once."""
@@ -233,6 +235,14 @@ class Service:
 
     # -- the end --
 
+    def show_unread_errors(self) -> None:
+        """Print, for whoever looks why a test has failed, what commands that have ended said and nobody read."""
+        for command in self.commands:
+            if command.poll() is not None and command.stderr and not command.stderr.closed:
+                os.set_blocking(command.stderr.fileno(), False)  # others may hold it open
+                with suppress(BlockingIOError):
+                    print(command.args, command.returncode, os.read(command.stderr.fileno(), 10000))
+
     def clean_up(self) -> set[int]:
         """Kill what is left; its PIDs."""
         left = self.processes()
@@ -352,6 +362,7 @@ def serving(home: Path) -> Iterator[Service]:
     if service.pid_file.exists():
         service.stop()
     left = service.clean_up()
+    service.show_unread_errors()
     assert not left, f"processes left behind: {left}"
     assert not service.trouble(), service.log[-5000:]
 
