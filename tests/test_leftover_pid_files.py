@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import DAEMON, Service
+from conftest import DAEMON, DATA, DEADLINE, Service, alive, wait_until
 
 NOT_RUNNING = "daemontest.py: not running\n"
 CONTENTS = {
@@ -49,6 +50,25 @@ def test_what_is_left_over_is_not_running_not_signalled_and_not_in_the_way(
     assert service.stop().returncode == 0
     assert not service.pid_file.exists()
     assert stranger.poll() is None
+
+
+def test_a_stop_does_not_wait_for_a_service_that_is_started_just_then_with_a_file_that_cannot_be_removed(
+        service: Service) -> None:
+    service.env["PYTHONPATH"] = str(DATA / "unremovable")
+    stopped = service.start("-w", "1", *service.use_handler("does_as_told"))
+    with ThreadPoolExecutor() as pool:
+        busy = pool.submit(service.ask, "hold gate")
+        wait_until((service.home / "held-gate").exists, "the handler to run")
+        stop = service.popen("-t")
+        service.wait_for_records("Caught SIGTERM")
+        stop.send_signal(signal.SIGSTOP)  # as if it were not scheduled
+        (service.home / "gate").touch()
+        assert busy.result().endswith(" your text size: 9\n")
+    wait_until(lambda: not alive(stopped), "the service to stop")
+    service.start("-w", "1")
+    stop.send_signal(signal.SIGCONT)
+    assert stop.communicate(timeout=DEADLINE) == (f"daemontest.py {stopped} Server terminated.\n", "")
+    assert service.ask("x").endswith(" your text size: 1\n")
 
 
 def test_a_pid_file_that_a_stranger_has_locked_is_one_line_and_no_signal(
