@@ -29,6 +29,9 @@ DEADLINE = 20.0  # s; how long a loaded machine may take for what normally takes
 PARALLEL = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # tests that run at the same time share no ports
 MARK = "DAEMONTEST_HARNESS"  # in the environment of every process that a test starts
 
+# Whoever runs the tests may ignore SIGINT, as a shell's background does; the commands they start must not inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 RECORD = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) "
                     r"(?P<message>.+)")
 CONTINUATION = re.compile(r"    .*")

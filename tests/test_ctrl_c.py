@@ -32,8 +32,7 @@ def is_pythons_own(errors: str) -> bool:
 
 def interrupt(service: Service, after: float, *arguments: str) -> tuple[int, str, str]:
     """Start, and press Ctrl-C AFTER so many seconds; exit status and output."""
-    start = service.popen("-p", str(service.port), "-w", "2", *arguments, start_new_session=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    start = service.popen("-p", str(service.port), "-w", "2", *arguments, start_new_session=True)
     time.sleep(after)  # the moment itself is the stimulus
     try:
         os.killpg(start.pid, signal.SIGINT)  # as a terminal does
@@ -104,8 +103,7 @@ def test_a_start_in_the_foreground(service: Service) -> None:
 
 def test_a_start_while_the_handler_is_imported(service: Service) -> None:
     service.write_handler("import time\nprint('importing')\ntime.sleep(30)\n")
-    start = service.popen("-p", str(service.port), "--handler", "service:handle", start_new_session=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    start = service.popen("-p", str(service.port), "--handler", "service:handle", start_new_session=True)
     wait_until(lambda: "importing\n" in service.log, "the import")
     os.killpg(start.pid, signal.SIGINT)
     assert start.communicate(timeout=50) == ("", "daemontest.py: interrupted\n")
@@ -116,8 +114,7 @@ def test_a_start_while_the_handler_is_imported(service: Service) -> None:
 
 def test_a_start_is_not_given_up_once_it_has_been_told(service: Service) -> None:
     for _ in range(6):
-        start = service.popen("-p", str(service.port), "-w", "2",
-                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        start = service.popen("-p", str(service.port), "-w", "2")
         assert start.stdout and start.stdout.readline().endswith(f"started, 2 workers on port {service.port}\n")
         start.send_signal(signal.SIGINT)
         assert start.communicate(timeout=50) == ("", "")
@@ -127,8 +124,7 @@ def test_a_start_is_not_given_up_once_it_has_been_told(service: Service) -> None
 
 def test_a_start_with_several_presses(service: Service) -> None:
     service.write_handler("import time\nprint('importing')\ntime.sleep(30)\n")
-    start = service.popen("-p", str(service.port), "--handler", "service:handle", start_new_session=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    start = service.popen("-p", str(service.port), "--handler", "service:handle", start_new_session=True)
     wait_until(lambda: "importing\n" in service.log, "the import")
     for _ in range(20):
         try:

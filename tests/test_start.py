@@ -113,8 +113,7 @@ def test_a_start_whose_module_kills_its_process_says_so(service: Service) -> Non
 
 def test_a_start_given_up_with_ctrl_c_leaves_nothing_even_if_the_handler_hangs_in_its_import(service: Service) -> None:
     service.write_handler("import time\nprint('importing')\ntime.sleep(600)\n")
-    start = service.popen("-p", str(service.port), "--handler", "service:handle",
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    start = service.popen("-p", str(service.port), "--handler", "service:handle")
     wait_until(lambda: "\nimporting\n" in service.log, "the import")
     start.send_signal(signal.SIGINT)
     assert start.communicate(timeout=50) == ("", "daemontest.py: interrupted\n")
@@ -126,8 +125,7 @@ def test_a_start_given_up_with_ctrl_c_leaves_nothing_even_if_the_handler_hangs_i
 @pytest.mark.parametrize("given_up", [False, True], ids=["that fails", "that fails and is given up"])
 def test_a_start_never_stops_the_service_that_somebody_else_starts_meanwhile(service: Service, given_up: bool) -> None:
     service.expected += ["Manager Failed", "Handler Not Loaded", "^    "]
-    start = service.popen("-p", str(free_port()), *service.use_handler("fails_when_told"),
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    start = service.popen("-p", str(free_port()), *service.use_handler("fails_when_told"))
     wait_until(lambda: "\nimporting\n" in service.log, "the import")
     start.send_signal(signal.SIGSTOP)  # so that it learns of all this only afterwards
     (service.home / "go").touch()

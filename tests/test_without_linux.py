@@ -187,8 +187,7 @@ def test_hung_handlers_are_killed_and_a_killed_manager_leaves_the_port_free(serv
 
 
 def test_a_start_is_given_up_while_the_module_s_import_hangs(service: Service) -> None:
-    starting = service.popen("-p", str(service.port), *service.use_handler("hangs_at_import"),
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as at a terminal
+    starting = service.popen("-p", str(service.port), *service.use_handler("hangs_at_import"))
     wait_until((service.home / "importing").exists, "the import to hang")
     starting.send_signal(signal.SIGINT)
     said, why = starting.communicate(timeout=50)
