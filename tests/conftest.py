@@ -29,8 +29,9 @@ DEADLINE = 20.0  # s; how long a loaded machine may take for what normally takes
 PARALLEL = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # tests that run at the same time share no ports
 MARK = "DAEMONTEST_HARNESS"  # in the environment of every process that a test starts
 
-# Whoever runs the tests may ignore SIGINT, as a shell's background does; the commands they start must not inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+for signum in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(signum) == signal.SIG_IGN:  # as below nohup(1), or in a shell's background
+        signal.signal(signum, lambda *_: None)  # which the commands that the tests start do not inherit
 
 RECORD = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) "
                     r"(?P<message>.+)")
