@@ -1032,8 +1032,7 @@ class Manager:
             kill_group(generation.pid)  # what its module has started
         cause = cause_of_death(status)
         if was is State.LOADING:
-            self.loading_failed(generation.number,
-                                not_loaded(generation.settings, f"the process died ({cause})"))
+            self.loading_failed(generation.number, not_loaded(generation.settings, f"the process died ({cause})"))
         elif was is State.SERVING:
             log(record("*", f"Generation Died. ({cause})", generation.pid))
             self.notify(f"STATUS=generation {generation.number} died: {cause}")
