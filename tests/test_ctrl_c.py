@@ -5,10 +5,11 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
-from conftest import DAEMON, Service, wait_until
+from conftest import DAEMON, DEADLINE, Service, wait_until
 
 TIMES = 24  # moments of a start, from its beginning to 300 ms, or for as long as it takes here
 IN_FOREGROUND = 10
@@ -25,7 +26,10 @@ def first_lines() -> int:
 
 
 def is_pythons_own(errors: str) -> bool:
-    """Whether ERRORS are those of a Python that was interrupted before the script had blocked the signal."""
+    """Whether ERRORS are those of a Python that was interrupted before the script had blocked the signal.
+
+    In some moments of its own beginning Python tells of it and goes on.
+    """
     lines = re.findall(rf'File "{re.escape(str(DAEMON))}", line (\d+)', errors)
     return "KeyboardInterrupt" in errors and all(int(line) <= first_lines() for line in lines)
 
@@ -38,7 +42,12 @@ def interrupt(service: Service, after: float, *arguments: str) -> tuple[int, str
         os.killpg(start.pid, signal.SIGINT)  # as a terminal does
     except ProcessLookupError:
         pass  # it has just ended
-    out, err = start.communicate(timeout=50)
+    try:
+        out, err = start.communicate(timeout=DEADLINE)
+    except subprocess.TimeoutExpired:
+        os.killpg(start.pid, signal.SIGINT)  # as a user would
+        out, err = start.communicate(timeout=DEADLINE)
+        assert is_pythons_own(err), after
     return start.returncode, out, err
 
 
@@ -73,7 +82,7 @@ def test_a_start_in_the_background(service: Service) -> None:
         status, out, err = interrupt(service, after)
         if status == 0:  # it was too late
             assert re.fullmatch(r"daemontest\.py: \d+ started, 2 workers on port \d+\n", out), after
-            assert err == ""
+            assert err == "" or is_pythons_own(err), after
             assert service.ask("x").endswith(" your text size: 1\n")
             assert service.stop().returncode == 0
             outcomes.add("started")
@@ -92,7 +101,7 @@ def test_a_start_in_the_foreground(service: Service) -> None:
         status, out, err = interrupt(service, after, "-f", "--log-file", str(service.log_file))
         assert out == "", after
         if status == 0:
-            assert err == "", after
+            assert err == "" or is_pythons_own(err), after
             outcomes.add("served")
         elif not is_pythons_own(err):
             assert err in ("", "daemontest.py: interrupted\n", "daemontest.py: cannot start: caught SIGINT\n"), after
