@@ -542,8 +542,8 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     # The lock is the manager's until it has ended; then it may be the next one's.
                     while wait and not flocked(file, fcntl.LOCK_SH) and self.read_pid() in (None, pid):
                         time.sleep(0.005)
-                while wait and process is not None and not readable(process, 60.0):
-                    pass
+                if wait and process is not None:
+                    wait_for(select.POLLIN, process)
                 return pid
         raise Failure("not running")
 
@@ -631,8 +631,7 @@ def await_end(pid: int, connection: socket.socket) -> None:
     if pid and hasattr(os, "pidfd_open"):
         with suppress(ProcessLookupError):
             process = os.pidfd_open(pid)
-            while not readable(process, 60.0):
-                pass
+            wait_for(select.POLLIN, process)
             os.close(process)
 
 
@@ -824,7 +823,8 @@ class Manager:
         self.born = 0  # generations so far
         self.starting = True  # until the launcher has reported the start; without one, until the service is ready
         self.ready = False  # one generation serves, and no other accepts clients
-        self.reload_wanted = self.reloading = False
+        self.reload_wanted = False
+        self.reloading = False  # somebody has asked for what is being loaded, and is told if it fails
         self.not_before = 0.0  # on the clock: when a generation may be forked in the place of one that died
         self.stopping = False
         self.failure = ""  # why the service cannot run
@@ -1613,11 +1613,13 @@ class Worker:
         To one that has nobody in hand: it has been woken, but not scheduled yet.  And to any that runs no handler while
         the text of this worker's latest client is still coming, as its half-close nearly always does at once.
         """
+        if not self.foreign or self.told_to_leave:
+            return False
         others = [place for place in self.board.places
                   if place is not self.place and place[Board.STATE] == Board.SERVING and not place[Board.CALLED]]
         idle = any(not place[Board.IN_HAND] for place in others)
         expecting = bool(others) and self.clock.seconds < self.latest_until and self.latest in self.in_hand
-        if not self.foreign or self.told_to_leave or self.gave_way == GIVE_WAY_TIMES or not (idle or expecting):
+        if self.gave_way == GIVE_WAY_TIMES or not (idle or expecting):
             self.gave_way = 0
             return False
         self.gave_way += 1

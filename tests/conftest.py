@@ -170,9 +170,10 @@ class Service:
         """The living generations: the manager's children."""
         return self.children(manager or self.manager())
 
-    def generation(self) -> int:
+    def generation(self, manager: int | None = None) -> int:
         """The one generation, once there is no other."""
-        found: list[int] = wait_until(lambda: len(living := [*self.generations()]) == 1 and living, "one generation")
+        found: list[int] = wait_until(lambda: len(living := [*self.generations(manager)]) == 1 and living,
+                                      "one generation")
         return found[0]
 
     def serving_generation(self, manager: int | None = None) -> int:

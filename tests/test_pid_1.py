@@ -39,9 +39,7 @@ class Container:
         service.serving_generation(self.manager)
 
     def generation(self) -> int:
-        wait_until(lambda: len(self.service.generations(self.manager)) == 1, "one generation")
-        [generation] = self.service.generations(self.manager)
-        return generation
+        return self.service.generation(self.manager)
 
     def workers(self) -> set[int]:
         return self.service.workers(self.manager)

@@ -74,24 +74,24 @@ def test_an_address_that_is_not_ours_is_refused(service: Service, address: str) 
     assert_refused(service, "-b", address, why=rf"cannot listen on {re.escape(address)} port {service.port}: '?\w")
 
 
-def test_a_start_that_cannot_say_that_it_succeeded_leaves_nothing_behind(service: Service) -> None:
-    with open("/dev/full", "w") as full:
-        start = service.popen("-p", str(service.port), stdout=full)
-        _, errors = start.communicate(timeout=50)
+def assert_cannot_say_so(service: Service, stdout: int, why: str) -> None:
+    """A start that succeeds, but cannot write that to STDOUT, says WHY and leaves nothing behind."""
+    start = service.popen("-p", str(service.port), stdout=stdout)
+    _, errors = start.communicate(timeout=50)
     assert start.returncode == 1
-    assert errors == "daemontest.py: cannot write to standard output: No space left on device\n"
+    assert errors == f"daemontest.py: cannot write to standard output: {why}\n"
     assert not service.processes()
     assert not service.pid_file.exists()
+
+
+def test_a_start_that_cannot_say_that_it_succeeded_leaves_nothing_behind(service: Service) -> None:
+    with open("/dev/full", "w") as full:
+        assert_cannot_say_so(service, full.fileno(), "No space left on device")
 
 
 def test_nor_does_one_whose_output_is_open_for_reading_alone(service: Service) -> None:
     reading, writing = os.pipe()
-    start = service.popen("-p", str(service.port), stdout=reading)
-    _, errors = start.communicate(timeout=50)
-    assert start.returncode == 1
-    assert errors == "daemontest.py: cannot write to standard output: Bad file descriptor\n"
-    assert not service.processes()
-    assert not service.pid_file.exists()
+    assert_cannot_say_so(service, reading, "Bad file descriptor")
     os.close(reading)
     os.close(writing)
 
