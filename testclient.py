@@ -6,7 +6,7 @@
 """testclient: send standard input to daemontest as one text, and print the reply.
 
 Exit status: 0 and the reply on standard output; 1 and one line on standard error if the
-service cannot be reached, gives no whole reply, or refuses; 2 wrong usage.
+service cannot be reached, gives no whole reply, or refuses the text; 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ PROGRAM = "testclient.py"
 
 
 class Failure(Exception):
-    """Something the user is to be told in one line: what failed, and why."""
+    """An error to print on one line: what failed, and why."""
 
 
 def main() -> int:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by the parent: print() would take standard output
+    """Run the command, and return its exit status."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if closed: print(file=None) prints on standard output
     options = parse_command_line()
     try:
         text = read_text() + b"\n"
@@ -50,6 +51,7 @@ def main() -> int:
 
 
 def parse_command_line() -> argparse.Namespace:
+    """Return the options; print a usage line and exit if they are wrong."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, allow_abbrev=False, usage="%(prog)s [-s HOST] [-p PORT] [--timeout SECONDS] < FILE",
         description="Send standard input to daemontest as one text, and print the reply.")
@@ -61,12 +63,14 @@ def parse_command_line() -> argparse.Namespace:
 
 
 def port(argument: str) -> int:
+    """Return ARGUMENT as a port number. Raise ArgumentTypeError."""
     if not re.fullmatch("[0-9]{1,5}", argument) or not 1 <= int(argument) <= 65535:
         raise argparse.ArgumentTypeError("expected a whole number from 1 to 65535")
     return int(argument)
 
 
 def seconds(argument: str) -> float:
+    """Return ARGUMENT as a time in seconds. Raise ArgumentTypeError."""
     try:
         value = float(argument)
     except ValueError:
@@ -77,15 +81,31 @@ def seconds(argument: str) -> float:
 
 
 def read_text() -> bytes:
+    """Return all of standard input. Raise Failure if it cannot be read to its end."""
+    text = bytearray()
     try:
-        with open(0, "rb", closefd=False) as file:
-            return file.read()
+        while True:
+            try:
+                piece = os.read(0, 2**20)
+            except BlockingIOError:  # O_NONBLOCK belongs to the open file: any process that shares it may have set it
+                wait_for(0, select.POLLIN)
+                continue
+            if not piece:
+                return bytes(text)
+            text += piece
     except OSError as why:
         raise Failure(f"cannot read standard input: {why.strerror}") from why
 
 
+def wait_for(descriptor: int, event: int) -> None:
+    """Wait, without a deadline, until DESCRIPTOR is ready."""
+    poller = select.poll()
+    poller.register(descriptor, event)
+    poller.poll()
+
+
 def connect(host: str, port: int, deadline: float) -> socket.socket:
-    """Connect to the first address of HOST that accepts.  Raises Failure, TimeoutError."""
+    """Connect to the first address of HOST that accepts. Raise Failure, or TimeoutError at DEADLINE."""
     failed: OSError | UnicodeError = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -95,14 +115,14 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
                 connection.settimeout(max(0.001, deadline - time.monotonic()))
                 connection.connect(address)
                 if connection.getsockname() == connection.getpeername():
-                    # Nobody listens on this port of the ephemeral range: TCP's simultaneous open met itself.
+                    # Nobody listens, and the kernel took this very port for our end: we have connected to ourselves.
                     raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
                 return connection
             except OSError as why:
                 if connection:
                     connection.close()
                 failed = why
-    except (OSError, UnicodeError) as why:  # the name: unknown, or none at all
+    except (OSError, UnicodeError) as why:  # HOST is unknown, or cannot be a host's name
         failed = why
     if isinstance(failed, TimeoutError) and time.monotonic() >= deadline:
         raise failed
@@ -110,15 +130,15 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
 
 
 def exchange(connection: socket.socket, text: bytes, deadline: float) -> bytes:
-    """Send TEXT, half-close, and return the reply, which may come before all is sent.
+    """Send TEXT, half-close, and return the reply, which may come before all of TEXT has been sent.
 
-    Raises Failure if no whole reply comes, TimeoutError at the deadline.
+    Raise Failure if the connection ends before the reply does, TimeoutError at DEADLINE.
     """
     unsent = memoryview(text)
     reply = bytearray()
     lost = "connection closed"
     connection.setblocking(False)
-    poller = select.poll()  # select() takes no descriptor above 1023, and the parent may have left that many open
+    poller = select.poll()  # select() fails with descriptors above 1023, and our parent may have left as many open
     poller.register(connection, select.POLLIN | select.POLLOUT)
     while True:
         left = deadline - time.monotonic()
@@ -134,7 +154,7 @@ def exchange(connection: socket.socket, text: bytes, deadline: float) -> bytes:
                 pass
             except OSError as why:
                 lost = why.strerror or lost
-                unsent = unsent[:0]  # the service may have refused the text, and said so
+                unsent = unsent[:0]  # send no more, but read on: the service may have refused the text
             if not unsent:
                 poller.modify(connection, select.POLLIN)
         if ready:
@@ -154,12 +174,16 @@ def exchange(connection: socket.socket, text: bytes, deadline: float) -> bytes:
 
 
 def print_reply(reply: bytes) -> None:
-    """Print REPLY.  Raises Failure if it is a refusal, or cannot be printed."""
+    """Print REPLY. Raise Failure if it is a refusal, or cannot be printed."""
     if re.match(rb"[0-9]+ error: ", reply):
         raise Failure("refused: " + " ".join(reply.decode(errors="replace").split()))
+    unprinted = memoryview(reply)
     try:
-        with open(1, "wb", closefd=False) as file:
-            file.write(reply)
+        while unprinted:
+            try:
+                unprinted = unprinted[os.write(1, unprinted):]
+            except BlockingIOError:  # as with standard input
+                wait_for(1, select.POLLOUT)
     except OSError as why:
         raise Failure(f"cannot write to standard output: {why.strerror}") from why
 

@@ -11,11 +11,13 @@ that whatever else the machine does hits all alike; the table shows each column'
 CPU is the user and system time of all the service's processes per request, in microseconds, and as a
 multiple of the first row's.  Memory is their proportional set size after the load; what they share with
 the clients, such as the interpreter's code, is counted in part only.  The last column is the rate of
-texts of 1 MiB.  daemontest alone replaces its workers, after 100 requests each, and writes a log.
+texts of 1 MiB.  daemontest alone has a keeper, whose time is counted, replaces its workers after 100 requests each,
+and writes a log.
 
 With --slow: what slow clients take from the others, each time compared with the same service without them, and
-from those who are slow; then how long the next client of other servers waits beside stalled ones (tests/bench_slow.py).
+from those who are slow; then how long the next client of other servers waits beside stalled ones.
 
+To measure another daemontest.py than this one, name it in the environment variable DAEMONTEST.
 To compare a server of your own, give a command that serves on the port named in the environment
 variable PORT, stays in the foreground, and answers `PID your text size: N` and a newline.
 """
@@ -29,8 +31,8 @@ import itertools
 import math
 import multiprocessing
 import os
-import random
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -41,12 +43,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import Pool
-from pathlib import Path
 from typing import Any
 
 import psutil
+import slow_clients as slow
+from conftest import ROOT, free_port
+from slow_clients import IP_BIND_ADDRESS_NO_PORT, Crowd, Kind
 
-ROOT = Path(__file__).parent.parent
 POEM = (ROOT / "tests" / "data" / "poem.txt").read_bytes() + b"\n"
 LARGE = POEM * (2**20 // len(POEM)) + b" " * (2**20 % len(POEM))
 CLIENTS = 16
@@ -97,8 +100,9 @@ class Server:
 
 def daemontest(name: str, *arguments: str) -> Server:
     start = 'exec "$@" --port "$PORT"'
-    return Server(name, ["sh", "-c", start, "sh", sys.executable, str(ROOT / "daemontest.py"), "--foreground",
-                         "--log-file", "~/daemontest.log", *arguments])
+    script = os.environ.get("DAEMONTEST", str(ROOT / "daemontest.py"))
+    return Server(name, ["sh", "-c", start, "sh", sys.executable, script, "--foreground", "--log-file",
+                         "~/daemontest.log", *arguments])
 
 
 SERVERS = [
@@ -119,7 +123,10 @@ def running(server: Server) -> Iterator[tuple[int, psutil.Process]]:
                                    stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             deadline = time.monotonic() + PATIENCE
-            while not answers(port):
+            while True:
+                with contextlib.suppress(OSError, ValueError):
+                    ask(port, POEM)
+                    break
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError("does not start")
                 time.sleep(0.02)
@@ -133,25 +140,20 @@ def running(server: Server) -> Iterator[tuple[int, psutil.Process]]:
             process.wait()
 
 
-def free_port() -> int:
-    """One below the range from which the kernel takes the clients' ports."""
-    while True:
-        port = random.randint(12000, 32000)
-        with contextlib.suppress(OSError), socket.create_server(("", port)):
-            return port
-
-
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
-        connection.sendall(POEM)
-        connection.shutdown(socket.SHUT_WR)
-        return bool(connection.recv(100))
-    return False
-
-
 # ---- The clients --------------------------------------------------------------------
 
-IP_BIND_ADDRESS_NO_PORT = 24  # Linux; in Python's socket module from 3.12 on
+def ask(port: int, text: bytes, address: str = "127.0.1.99") -> tuple[float, int]:
+    """How long one whole text takes, all in all, and the length of its reply."""
+    began, size = time.perf_counter(), 0
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, source_address=(address, 0)) as connection:
+        connection.sendall(text)
+        connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(2**20):
+            size, last = size + len(piece), piece
+    if not size or not last.endswith(b"\n"):
+        raise ValueError("no whole reply")
+    return time.perf_counter() - began, size
+
 
 all_ready: Any = None  # a barrier that the client processes share
 
@@ -217,7 +219,7 @@ def measure(clients: Pool, server: Server, requests: int, large: int) -> dict[st
         service = at_rest(process)
         row = {"requests/s": len(taken) / seconds, "CPU us": (cpu_time(service) - before) / len(taken) * 1e6,
                "p50 ms": statistics.median(taken) * 1e3, "p99 ms": statistics.quantiles(taken, n=100)[-1] * 1e3,
-               "slowest ms": max(taken) * 1e3, "memory MiB": sum(p.memory_full_info().pss for p in service) / 2**20}
+               "slowest ms": max(taken) * 1e3, "memory MiB": memory(service)}
         if large:
             seconds, taken = load(clients, port, LARGE, large)
             row["1 MiB texts MiB/s"] = len(taken) / seconds
@@ -234,6 +236,11 @@ def at_rest(manager: psutil.Process) -> list[psutil.Process]:
                 return service
 
 
+def memory(service: list[psutil.Process]) -> float:
+    """MiB."""
+    return float(sum(process.memory_full_info().pss for process in service) / 2**20)
+
+
 def cpu_time(service: list[psutil.Process]) -> float:
     """Seconds that the processes have used, and those of their children that they have reaped.
 
@@ -248,9 +255,143 @@ def cpu_time(service: list[psutil.Process]) -> float:
     return total
 
 
-def main() -> None:
-    from bench_slow import print_tables  # which imports from this module
+# ---- With slow clients --------------------------------------------------------------
 
+SETTLE = 1.0  # s for a crowd to be where it is to be
+HANDLER = """
+import time
+
+def handle(text):
+    match text.split():
+        case ["sleep", seconds]:
+            time.sleep(float(seconds))
+        case ["reply", count]:
+            return "x" * int(count)
+    return f"your text size: {len(text)}"
+"""
+
+
+def with_handler() -> Server:
+    start = f"cat > service.py <<'END'\n{HANDLER}END\n" 'exec "$@"'
+    return Server("daemontest", ["sh", "-c", start, "sh", *daemontest("", "--handler", "service:handle").command])
+
+
+PLAIN = SERVERS[0]
+CROWDS: dict[str, tuple[Server, Kind, int]] = {
+    "1000 stalled in mid-text": (PLAIN, slow.stalled, 1000),
+    "1000 trickling a byte each 0.5 s": (PLAIN, slow.trickling, 1000),
+    "200 not reading a reply of 10 MB": (with_handler(), slow.not_reading, 200),
+    "5000 silent": (PLAIN, slow.silent, 5000),
+}
+BESIDE = {"next text ms": ".2f", "later by ms": ".2f", "slowest ms": ".1f", "requests/s": ".0f",
+          "of those alone": ".2f"}
+FIGURE = {"    figure": ".2f"}
+
+
+def beside(clients: Pool, port: int, requests: int) -> dict[str, float]:
+    """The columns of a row: what others have of the service now."""
+    asked = [clients.apply(ask, (port, POEM))[0] for _ in range(20)]
+    seconds, taken = load(clients, port, POEM, requests)
+    return {"next text ms": statistics.median(asked) * 1e3, "slowest ms": max(asked) * 1e3,
+            "requests/s": len(taken) / seconds}
+
+
+def measure_crowd(clients: Pool, server: Server, kind: Kind, count: int, requests: int) -> dict[str, float]:
+    """The columns of a row, compared with the same service alone: the mean of a moment before and one after."""
+    with running(server) as (port, process):
+        load(clients, port, POEM, requests)
+        before = beside(clients, port, requests)
+        with Crowd(port, kind, count, again=True, text=b"reply 10000000" if kind is slow.not_reading else b"",
+                   patience=12.0) as crowd:
+            crowd.wait_until_in_place()
+            time.sleep(SETTLE)
+            row = beside(clients, port, requests)
+        at_rest(process)
+        after = beside(clients, port, requests)
+    alone = {column: (before[column] + after[column]) / 2 for column in before}
+    return row | {"later by ms": row["next text ms"] - alone["next text ms"],
+                  "of those alone": row["requests/s"] / alone["requests/s"]}
+
+
+def served(kind: Kind, count: int, size: int, seconds: float = 8.0) -> tuple[float, float]:
+    """How many are served each second, COUNT at a time, and the processor time of each, in us."""
+    with running(PLAIN) as (port, process), Crowd(port, kind, count, again=True) as crowd:
+        time.sleep(SETTLE)
+        before, began = cpu_time(at_rest(process)), len(crowd.replies)
+        time.sleep(seconds)
+        us = (cpu_time(at_rest(process)) - before) / (len(crowd.replies) - began) * 1e6
+        whole_rounds = crowd.replied_at[:len(crowd.replied_at) // count * count]  # since all come at the same time
+        if crowd.failures or {reply.partition(b" ")[2] for reply in crowd.replies} != {b"your text size: %d\n" % size}:
+            raise ValueError(f"{kind.__name__}: some were lost: {crowd.failures[:3]}")
+    return (len(whole_rounds) - count) / (whole_rounds[-1] - whole_rounds[count - 1]), us
+
+
+def slowest_beside_handlers(handlers: int, seconds: float = 10.0) -> dict[str, float]:
+    """How long those in two parts, and those of the original kind, wait beside so many HANDLERS of 1 s; in ms."""
+    with running(with_handler()) as (port, _), contextlib.ExitStack() as stack:
+        for _ in range(handlers):
+            stack.enter_context(Crowd(port, slow.whole, 1, again=True, text=b"sleep 1"))
+        crowds = [stack.enter_context(Crowd(port, kind, count, again=True))
+                  for kind, count in ((slow.two_parts, 25), (slow.original, 8))]
+        time.sleep(seconds)
+        return {f"{crowd.kind.__name__} beside {handlers} handlers of 1 s: slowest, ms": max(crowd.waits) * 1e3
+                for crowd in crowds}
+
+
+def measure_long_replies(clients: Pool) -> dict[str, float]:
+    rows = {}
+    with running(with_handler()) as (port, _):
+        for megabytes, at_once in ((1, 1), (100, 1), (500, 1), (100, 5)):
+            done = clients.starmap(ask, [(port, b"reply %d" % (megabytes * 10**6))] * at_once, chunksize=1)
+            assert all(size > megabytes * 10**6 for _, size in done)
+            rows[f"{at_once} replies of {megabytes} MB at a time: s"] = max(seconds for seconds, _ in done)
+    return rows
+
+
+def measure_peer(server: Server) -> dict[str, float]:
+    """What the next client waits at the most 30 s for."""
+    row = {}
+    for column, count in zip(WAITS, (5, 1000), strict=True):
+        with running(server) as (port, _), Crowd(port, slow.stalled, count, again=True):
+            time.sleep(SETTLE)
+            began = time.perf_counter()
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                connection.sendall(POEM)
+                connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):
+                    row[column] = (time.perf_counter() - began) * 1e3 if connection.recv(1000) else math.inf
+            row.setdefault(column, math.inf)
+    return row
+
+
+WAITS = {"ms beside 5 stalled": ".1f", "ms beside 1000 stalled": ".1f"}
+
+
+def print_slow_tables(clients: Pool, rounds: int, requests: int) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for 5000 clients of this process's own
+    rows: dict[str, list[dict[str, float]]] = {f"beside {name}": [] for name in CROWDS}
+    figures: dict[str, list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for (server, kind, count), of_crowd in zip(CROWDS.values(), rows.values(), strict=True):
+            of_crowd.append(measure_crowd(clients, server, kind, count, requests))
+        lines, _ = served(slow.slow_line, 50, 229376)
+        original, _ = served(slow.original, 16, 31)
+        rate, us = served(slow.two_parts, 200, 34)
+        found = {"50 lines that need 1.4 s each: served, of possible": lines / (50 / 1.4),
+                 "16 of the original kind: served, of possible": original / (16 / 0.1),
+                 "200 in two parts: each second": rate, "200 in two parts: CPU us": us,
+                 **slowest_beside_handlers(0), **slowest_beside_handlers(3),
+                 **measure_long_replies(clients)}
+        for name, value in found.items():
+            figures.setdefault(name, []).append(dict.fromkeys(FIGURE, value))
+    print_table(rows, BESIDE)
+    print_table(figures, FIGURE)
+    peers = [server for server in SERVERS if "50" not in server.name]
+    print_table({server.name: [measure_peer(server)] for server in peers}, WAITS)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of which the median counts (default: 5)")
@@ -269,7 +410,7 @@ def main() -> None:
     context = multiprocessing.get_context("fork")
     with context.Pool(CLIENTS, share_barrier, (context.Barrier(CLIENTS),)) as clients:
         if options.slow:
-            print_tables(clients, options.rounds, options.requests)
+            print_slow_tables(clients, options.rounds, options.requests)
             return
         for _ in range(options.rounds):
             for server in servers:
@@ -293,8 +434,8 @@ def print_table(rows: dict[str, list[dict[str, float]]], columns: dict[str, str]
             values = [row[column] for row in row_of_rounds if column in row]
             cells.append(f"{statistics.median(values) if values else math.nan:{len(column)}{form}}")
         print(f"{name:{width}}", *cells, sep="  ")
+    print()
 
 
 if __name__ == "__main__":
-    import bench  # under its own name, by which bench_slow imports from it
-    bench.main()
+    main()

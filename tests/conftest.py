@@ -166,9 +166,24 @@ class Service:
                 found |= {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
         return {child for child in found if alive(child)}
 
+    def named(self, name: str, manager: int | None = None) -> set[int]:
+        """The manager's living children whose name in ps is NAME."""
+        found = set()
+        for child in self.children(manager or self.manager()):
+            with suppress(OSError):  # it has gone
+                if Path(f"/proc/{child}/comm").read_text() == f"{name}\n":
+                    found.add(child)
+        return found
+
+    def keeper(self, manager: int | None = None) -> int:
+        """The keeper, once there is no other."""
+        found: list[int] = wait_until(lambda: len(living := [*self.named("daemontest-keep", manager)]) == 1 and living,
+                                      "one keeper")
+        return found[0]
+
     def generations(self, manager: int | None = None) -> set[int]:
-        """The living generations: the manager's children."""
-        return self.children(manager or self.manager())
+        """The living generations."""
+        return self.named("daemontest-gen", manager)
 
     def generation(self, manager: int | None = None) -> int:
         """The one generation, once there is no other."""
@@ -179,11 +194,12 @@ class Service:
     def serving_generation(self, manager: int | None = None) -> int:
         """Wait until the manager says that a generation serves; its PID.  A stop before that gives a start up."""
         manager = manager or self.manager()
-        before = len(self.records("Generation .* serving"))
+        serving = "(Generation|Status: generation) .*serving"
+        before = len(self.records(serving))
 
         def told() -> list[re.Match[str]]:
             os.kill(manager, signal.SIGUSR1)
-            return self.records("Generation .* serving")[before:]
+            return self.records(serving)[before:]
 
         found: list[re.Match[str]] = wait_until(told, "a generation to serve")
         return int(found[0]["pid"])
@@ -261,7 +277,7 @@ class Service:
 
     def trouble(self) -> list[str]:
         """Lines of the log that tell of a fault which the test did not announce."""
-        signs = re.compile(r"Traceback|Died|Failed|Cannot|Error\b")
+        signs = re.compile(r"Traceback|Died|Killed|Failed|Cannot|Error\b")
         return [line for line in self.log.split("\n")
                 if not line.startswith("     ") and signs.search(line)
                 and not any(re.search(pattern, line) for pattern in self.expected)]
@@ -323,39 +339,44 @@ class Load:
         wait_until(lambda: len(self.replies) >= goal, f"{count} more replies")
 
 
-GATE = """
+HELD = """
 import os, time
 
 def handle(text):
     with open(f"{HERE}/in-hand", "a") as file:
         file.write(f"{os.getpid()}\\n")
     for _ in range(6000):  # a minute at the most
-        if os.path.exists(f"{HERE}/open"):
+        if os.path.exists(f"{HERE}/released"):
             return "let through"
         time.sleep(0.01)
 """
 
 
-class Gate:
-    """A handler that keeps every request in hand until the test opens the gate."""
+class Held:
+    """A handler that holds every request until the test releases them."""
 
     def __init__(self, service: Service) -> None:
         self.home = service.home
-        service.write_handler(GATE.replace("{HERE}", str(self.home)), "gate")
-        self.arguments = ("--handler", "gate:handle")
+        service.write_handler(HELD.replace("{HERE}", str(self.home)), "held")
+        self.arguments = ("--handler", "held:handle")
 
-    def in_hand(self) -> list[int]:
+    def workers(self) -> list[int]:
         """The PIDs of the workers that have called the handler, in the order of the calls."""
         file = self.home / "in-hand"
         return [int(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
     def wait_for(self, count: int = 1) -> list[int]:
-        """Wait until COUNT requests have come into hand; their workers' PIDs."""
-        wait_until(lambda: len(self.in_hand()) >= count, f"{count} requests in hand")
-        return self.in_hand()
+        """Wait until the handler has been called COUNT times; the PIDs of its workers."""
+        wait_until(lambda: len(self.workers()) >= count, f"{count} requests in hand")
+        return self.workers()
 
-    def open(self) -> None:
-        (self.home / "open").touch()
+    def release(self) -> None:
+        (self.home / "released").touch()
+
+    in_hand, open = workers, release  # the old names, until the old files are gone
+
+
+Gate = Held
 
 
 @contextmanager

@@ -1,10 +1,14 @@
-"""testclient.py: the reply on standard output, or one line that says why there is none."""
+"""testclient.py sends all of its input, and prints the reply, or one line that says why there is none."""
 
+import fcntl
+import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +16,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from conftest import CLIENT, Service, free_port, read_all, serving
+from conftest import CLIENT, Service, free_port, read_all, serving, wait_until
 
 Done = subprocess.CompletedProcess[bytes]
 
@@ -57,7 +61,7 @@ def assert_failed(done: Done, why: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "count"), [(b"", 1), (b"x", 2), (b"x\n", 3), ("あ\nい".encode(), 4)])
-def test_it_adds_one_newline_and_prints_the_reply(usual: Service, text: bytes, count: int) -> None:
+def test_one_newline_is_added_and_the_reply_printed(usual: Service, text: bytes, count: int) -> None:
     done = usual.client(text)
     assert (done.returncode, done.stderr) == (0, b"")
     assert re.fullmatch(rf"\d+ your text size: {count}\n", done.stdout.decode())
@@ -77,12 +81,11 @@ def test_a_reply_may_come_in_pieces_and_have_many_lines() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, reply, b"")
 
 
-def test_a_refusal_is_an_error(usual: Service) -> None:
-    assert_failed(usual.client(b"\x89PNG\r\n\x1a\n\0\xff"), r".*\d+ error: text is not UTF-8 at byte offset 0")
-
-
-def test_a_refusal_arrives_while_it_still_sends(usual: Service) -> None:
-    assert_failed(usual.client(b"x" * 50_000_000), r".*\d+ error: text longer than 16777216 bytes")
+@pytest.mark.parametrize(("text", "why"), [
+    (b"\x89PNG\r\n\x1a\n\0\xff", "text is not UTF-8 at byte offset 0"),
+    (b"x" * 50_000_000, "text longer than 16777216 bytes")], ids=["quick", "while it sends"])
+def test_a_refusal_is_an_error(usual: Service, text: bytes, why: str) -> None:
+    assert_failed(usual.client(text), rf"refused: \d+ error: {why}")
 
 
 def test_a_refusal_ends_the_sending() -> None:
@@ -157,29 +160,24 @@ def close_at_once(connection: socket.socket) -> None:
     connection.recv(1)
 
 
-def close_without_reply(connection: socket.socket) -> None:
-    read_all(connection)
-
-
 def break_off(connection: socket.socket) -> None:
     read_all(connection)
     connection.sendall(b"1 your text si")
 
 
 def reset(connection: socket.socket) -> None:
-    read_all(connection)
-    connection.sendall(b"1 your text si")
+    break_off(connection)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-@pytest.mark.parametrize("behave", [close_at_once, close_without_reply, break_off, reset])
-def test_what_is_no_whole_reply_is_not_printed(behave: Callable[[socket.socket], object]) -> None:
+@pytest.mark.parametrize("behave", [close_at_once, read_all, break_off, reset])
+def test_half_a_reply_is_not_printed(behave: Callable[[socket.socket], object]) -> None:
     with fake_server(behave) as port:
         assert_failed(run_client(port), "no whole reply: .+")
 
 
 @pytest.mark.parametrize("text", [b"x", b"x" * 50_000_000], ids=["waiting", "sending"])
-def test_it_gives_up_after_the_timeout(text: bytes) -> None:
+def test_the_timeout_is_an_error(text: bytes) -> None:
     # A listener that nobody accepts from: the kernel takes the connection, and what fits into its buffers.
     with socket.create_server(("127.0.0.1", free_port())) as listener:
         port = listener.getsockname()[1]
@@ -202,11 +200,46 @@ def test_unusable_streams_are_an_error(usual: Service, redirection: str, why: st
                                  capture_output=True, timeout=50, cwd=usual.home), why)
 
 
-def test_an_error_that_cannot_be_told_is_not_told_on_standard_output() -> None:
+def test_an_error_that_cannot_be_printed_is_not_printed_on_standard_output() -> None:
     command = f'exec "$0" "$1" -s 127.0.0.1 -p {free_port()} 2>&-'
     done = subprocess.run(["sh", "-c", command, sys.executable, str(CLIENT)],
                           input=b"x", stdout=subprocess.PIPE, timeout=50)
     assert (done.returncode, done.stdout) == (1, b"")
+
+
+def bytes_in(pipe: int) -> int:
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
+
+
+def test_a_non_blocking_standard_input_is_sent_whole(usual: Service) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.write(writing, b"first ")
+    command = [sys.executable, str(CLIENT), "-s", "127.0.0.1", "-p", str(usual.port)]
+    with subprocess.Popen(command, stdin=reading, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+        for part in (b"second ", b"third"):
+            wait_until(lambda: bytes_in(reading) == 0, "the client to read")
+            os.write(writing, part)
+        os.close(writing)
+        output, errors = client.communicate(timeout=50)
+    os.close(reading)
+    assert (client.returncode, errors) == (0, "")
+    assert output.endswith(" your text size: 19\n")
+
+
+def test_a_non_blocking_standard_output_gets_the_whole_reply() -> None:
+    reply = b"1 " + b"x" * 1_000_000 + b"\n"
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with fake_server(lambda connection: read_all(connection) and connection.sendall(reply)) as port:
+        command = [sys.executable, str(CLIENT), "-s", "127.0.0.1", "-p", str(port)]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writing, stderr=subprocess.PIPE) as client:
+            os.close(writing)
+            wait_until(lambda: bytes_in(reading) == 65536, "the pipe to be full")
+            with open(reading, "rb") as file:
+                assert file.read() == reply
+            _, errors = client.communicate(timeout=50)
+    assert (client.returncode, errors) == (0, b"")
 
 
 # ---- Usage --------------------------------------------------------------------------
@@ -226,3 +259,13 @@ def test_help_tells_the_defaults() -> None:
     done = subprocess.run([sys.executable, str(CLIENT), "--help"], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"-s HOST .*localhost.*\n.*-p PORT .*36000.*\n.*--timeout SECONDS\s.*60", done.stdout)
+
+
+@pytest.mark.parametrize("text", [b"x", b"\xff"])
+def test_an_entry_point_may_call_its_main(usual: Service, tmp_path: Path, text: bytes) -> None:
+    shutil.copy(CLIENT, tmp_path / "_testclient.py")
+    command = ["-c", "import sys; from _testclient import main; sys.exit(main())", "-p", str(usual.port)]
+    done = subprocess.run([sys.executable, *command], input=text, capture_output=True, timeout=50, cwd=tmp_path)
+    expected = usual.client(text)
+    assert done.returncode == expected.returncode == (text == b"\xff")
+    assert re.sub(rb"\d+ ", b"", done.stdout + done.stderr) == re.sub(rb"\d+ ", b"", expected.stdout + expected.stderr)

@@ -15,7 +15,7 @@ import pathlib, time
 
 def handle(text):
     if text == "hang":
-        pathlib.Path(__file__).with_name("in-hand").touch()
+        pathlib.Path(__file__).with_name("called").touch()
         time.sleep(20)
     return "configured"
 """
@@ -46,7 +46,7 @@ def test_every_setting_takes_effect(service: Service, source: str) -> None:
     settings: dict[str, object] = {
         "bind": "127.0.0.1", "port": service.port, "workers": 2, "max_requests": 7, "handler": "service:handle",
         "timeout": 1.5, "handler_timeout": 2, "grace": 0.2, "max_text": 4000, "pid_file": "our.pid",
-        "log_file": "our.log"}
+        "log_file": "our.log", "log": "requests"}
     assert set(settings) == setting_names(service)
     given = []
     if source == "file":
@@ -55,53 +55,49 @@ def test_every_setting_takes_effect(service: Service, source: str) -> None:
         write_settings(service.home / "daemontest.toml", {
             "bind": "127.0.0.3", "port": free_port(), "workers": 4, "max_requests": 9, "handler": "missing:handle",
             "timeout": 20, "handler_timeout": 20, "grace": 20, "max_text": 10, "pid_file": "other.pid",
-            "log_file": "other.log"})
+            "log_file": "other.log", "log": "life"})
         given = options(settings)
     service.pid_file, service.log_file = service.home / "our.pid", service.home / "our.log"
-    service.expected += ["Child Process Died"]
+    service.expected.append("Child Process Killed")
+
+    def hang() -> socket.socket:
+        """A client whose text is in a handler that hangs."""
+        (service.home / "called").unlink(missing_ok=True)
+        client = service.connect()
+        client.sendall(b"hang")
+        client.shutdown(socket.SHUT_WR)
+        wait_until((service.home / "called").exists, "the handler's call")
+        return client
 
     started = service.run(*given)
     assert re.fullmatch(rf"daemontest\.py: \d+ started, 2 workers on port {service.port}\n", started.stdout), started
     assert len(service.workers()) == 2
     assert service.records("Max Requests per Child: 7$")
-    # handler_timeout, of a worker to which nothing else comes meanwhile
-    hung = service.connect()
-    hung.sendall(b"hang")
-    hung.shutdown(socket.SHUT_WR)
-    wait_until((service.home / "in-hand").exists, "the handler's call")
-    # timeout
-    late = service.connect()
-    late.sendall(b"x" * 3000)
-    # bind
-    assert service.ask("x").endswith(" configured\n")
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", service.port))
-    # max_text
-    assert service.ask("x" * 4000).endswith(" configured\n")
-    assert service.ask("x" * 4001).endswith(" error: text longer than 4000 bytes\n")
-    # max_requests: four have come to the other worker, and after these one that has had seven accepts no more
-    for _ in range(11):
-        service.ask("x")
-    with late:
+    with hang() as hung, service.connect() as late:
+        late.sendall(b"x" * 3000)
+        # bind, handler, max_text, log
+        assert service.ask("x").endswith(" configured\n")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", service.port))
+        assert service.ask("x" * 4000).endswith(" configured\n")
+        assert service.ask("x" * 4001).endswith(" error: text longer than 4000 bytes\n")
+        assert service.records(r"Client: 127\.0\.0\.1; Received Text\.")
+        # timeout, handler_timeout
         assert read_all(late).decode().endswith(" error: text not ended within 1.5 s\n")
-    assert service.wait_for_records(r"Child Process Ended\. \(0\)")
-    with hung:
         assert read_all(hung) == b""
-    service.wait_for_records(r"Child Process Died\. \(SIGKILL: handler ran longer than 2 s\)")
+    service.wait_for_records(r"Child Process Killed\. \(handler ran longer than 2 s\)")
+    # max_requests
+    wait_until(lambda: service.ask("x") and service.records(r"Child Process Ended\. \(0\)"), "a worker's last text")
     # grace
-    (service.home / "in-hand").unlink()
-    with service.connect() as client:
-        client.sendall(b"hang")
-        client.shutdown(socket.SHUT_WR)
-        wait_until((service.home / "in-hand").exists, "the handler's call")
+    with hang() as client:
         os.kill(service.manager(), signal.SIGTERM)
         assert read_all(client) == b""
     wait_until(lambda: not service.processes(), "the stop")
     assert service.records("Server Terminated.")
-    assert service.records(r"Child Process Died\. \(SIGKILL: not done within the grace\)")
+    assert service.records(r"Child Process Killed\. \(still running after the grace\)")
     # pid_file, log_file
     assert {path.name for path in service.home.iterdir()} - {"unknown.toml"} == {
-        "daemontest.toml", "service.py", "in-hand", "our.log"}
+        "daemontest.toml", "service.py", "called", "our.log"}
 
 
 def test_a_file_named_with_c_is_read_instead_of_the_one_in_the_home_directory(service: Service) -> None:
@@ -112,25 +108,37 @@ def test_a_file_named_with_c_is_read_instead_of_the_one_in_the_home_directory(se
     assert len(service.workers()) == 5
 
 
-def test_an_empty_file_changes_nothing(service: Service) -> None:
-    service.configure("# nothing yet\n")
-    service.start()
-    assert len(service.workers()) == 5
-
-
-def test_relative_names_are_taken_from_where_the_command_was_started_now_and_at_a_reload(service: Service) -> None:
-    directory = service.home / "started" / "here"
-    directory.mkdir(parents=True)
-    (service.home / "our.toml").write_text("pid_file = 'run.pid'\nlog_file = '../relative.log'\nworkers = 2\n")
-    service.start("-c", "../../our.toml", cwd=directory)
-    service.pid_file, service.log_file = directory / "run.pid", service.home / "started" / "relative.log"
+def test_relative_names_in_a_file_are_taken_from_its_directory(service: Service) -> None:
+    there, elsewhere = service.home / "there", service.home / "elsewhere"
+    for directory in (there, elsewhere):
+        directory.mkdir()
+    (there / "our.toml").write_text(
+        "pid_file = 'run.pid'\nlog_file = '../relative.log'\nworkers = 2\nhandler = 'service:handle'")
+    (there / "service.py").write_text("def handle(text):\n    return 'there'")
+    service.start("-c", "../there/our.toml", cwd=elsewhere)
+    service.pid_file, service.log_file = there / "run.pid", service.home / "relative.log"
+    assert service.ask("x").endswith(" there\n")
     old = service.workers()
     assert len(old) == 2
-    assert service.run("--status", "-c", "our.toml").returncode == 3  # another directory, another PID file
-    assert service.run("--reload", "-c", "../../our.toml", cwd=directory).returncode == 0
+    assert service.run("--status", "-c", "there/our.toml").stdout == f"{service.manager()}\n"
+    assert service.run("--reload", "-c", there / "our.toml", cwd="/").returncode == 0
     service.wait_for_new_workers(old)
-    assert not service.records("Waiting for a Restart")
-    assert service.run("-t", "-c", "../../our.toml", cwd=directory).returncode == 0
+    assert not service.records("Needs a Restart")
+    assert service.run("-t", "-c", "our.toml", cwd=there).returncode == 0
+    assert sorted(path.name for path in elsewhere.iterdir()) == []
+
+
+def test_relative_names_on_the_command_line_are_taken_from_the_current_directory(service: Service) -> None:
+    there, elsewhere = service.home / "there", service.home / "elsewhere"
+    for directory in (there, elsewhere):
+        directory.mkdir()
+    (there / "our.toml").write_text("pid_file = 'run.pid'")
+    names = ("-c", "../there/our.toml", "--pid-file", "run.pid")
+    service.start(*names, "--log-file", "../relative.log", cwd=elsewhere)
+    service.pid_file, service.log_file = elsewhere / "run.pid", service.home / "relative.log"
+    assert service.records("Daemon Server Started.")
+    assert service.run("--status", "-c", there / "our.toml").returncode == 3
+    assert service.run("-t", *names, cwd=elsewhere).returncode == 0
 
 
 def test_a_tilde_is_the_home_directory(service: Service) -> None:
@@ -147,40 +155,26 @@ def test_a_tilde_is_the_home_directory(service: Service) -> None:
 
 MISTAKES: dict[str, tuple[str | bytes, str]] = {
     "syntax": ("workers 5\n", "expected TOML"),
-    "half a line": ("workers = 5\nport =", "expected TOML"),
     "nested too deeply": ("workers = " + 5000 * "[", "expected TOML"),
     "key given twice": ("port = 1\nport = 2", "expected TOML"),
     "not UTF-8": (b"handler = '\xff'", "expected TOML.*utf-8"),
-    "UTF-16": ("port = 1".encode("utf-16"), "expected TOML"),
     "unknown key": ("wokers = 5", "wokers: unknown key, expected one of bind, port, workers"),
     "option's spelling": ("max-requests = 5", "max-requests: unknown key, expected one of .*max_requests"),
-    "config is no key": ("config = 'x'", "config: unknown key"),
-    "action is no key": ("reload = true", "reload: unknown key"),
     "unknown table": ("[server]\nport = 5", "server: unknown key"),
     "table for a number": ("[workers]\nnumber = 5", "workers: expected a whole number from 1 to"),
-    "table for a name": ("handler.module = 'x'", "handler: expected a string, MODULE:FUNCTION"),
     "list for a number": ("port = [36000]", "port: expected a whole number from 1 to 65535"),
-    "date for a number": ("timeout = 2026-11-23", "timeout: expected a number of seconds"),
     "number for a name": ("log_file = 1", "log_file: expected a string, FILE"),
-    "bool for a name": ("pid_file = true", "pid_file: expected a string, FILE"),
     "bool for a whole number": ("workers = true", "workers: expected a whole number"),
-    "bool for seconds": ("grace = true", "grace: expected a number of seconds"),
-    "string for a whole number": ("port = '36000'", "port: expected a whole number"),
     "string for seconds": ("timeout = '10'", "timeout: expected a number of seconds"),
     "fraction for a whole number": ("workers = 1.5", "workers: expected a whole number"),
-    "port 0": ("port = 0", "port: expected a whole number from 1 to 65535"),
     "port 65536": ("port = 65536", "port: expected a whole number from 1 to 65535"),
     "no workers": ("workers = 0", "workers: expected a whole number from 1 to"),
-    "negative workers": ("workers = -5", "workers: expected a whole number from 1 to"),
     "far too many workers": ("workers = 1" + 30 * "0", "workers: expected a whole number from 1 to"),
-    "no requests": ("max_requests = 0", "max_requests: expected a whole number from 1 to"),
-    "no text": ("max_text = 0", "max_text: expected a whole number from 1 to"),
     "no time": ("timeout = 0", "timeout: expected a number of seconds from "),
-    "negative time": ("handler_timeout = -1", "handler_timeout: expected a number of seconds from "),
     "endless time": ("grace = inf", "grace: expected a number of seconds from "),
     "no number": ("timeout = nan", "timeout: expected a number of seconds from "),
     "handler without a function": ("handler = 'service'", "handler: expected a string, MODULE:FUNCTION"),
-    "handler as a file": ("handler = 'service.py'", "handler: expected a string, MODULE:FUNCTION"),
+    "no such log": ("log = 'nothing'", "log: expected a string, .*texts.*requests.*life"),
     "empty address": ("bind = ''", "bind: expected a string, ADDRESS"),
     "empty name": ("log_file = ''", "log_file: expected a string, FILE"),
     "name that cannot be": ('pid_file = "a\\u0000b"', "pid_file: expected a string, FILE"),
@@ -196,7 +190,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_refused_in_one_line_naming_file_and_key_and_what_is_expected(idle: Service, case: str) -> None:
+def test_a_mistake_is_refused_naming_file_key_and_what_is_expected(idle: Service, case: str) -> None:
     content, why = MISTAKES[case]
     path = idle.home / "daemontest.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -207,7 +201,7 @@ def test_a_mistake_is_refused_in_one_line_naming_file_and_key_and_what_is_expect
 
 
 @pytest.mark.parametrize("action", ["--check", "--reload", "-f", "--status", "-t"])
-def test_every_action_refuses_it(service: Service, action: str) -> None:
+def test_every_action_refuses_a_mistake(service: Service, action: str) -> None:
     path = service.configure("workers = 0")
     done = service.run(action)
     assert (done.returncode, done.stdout) == (1, "")
@@ -224,16 +218,7 @@ def test_a_file_that_cannot_be_read_is_refused(service: Service) -> None:
     assert [file.name for file in service.home.iterdir()] == ["directory"]
 
 
-def test_a_file_of_the_home_directory_that_cannot_be_read_is_refused_too(service: Service) -> None:
-    path = service.home / "daemontest.toml"
-    path.mkdir()
-    done = service.run("--check")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"daemontest.py: cannot read configuration {path}: Is a directory\n"
-
-
-def test_a_configuration_that_broke_since_the_start_does_not_keep_the_service_from_being_asked_and_stopped(
-        service: Service) -> None:
+def test_a_running_service_is_found_though_its_configuration_broke(service: Service) -> None:
     manager = service.start()
     service.configure("workers = ")
     status = service.run("--status")
@@ -243,7 +228,7 @@ def test_a_configuration_that_broke_since_the_start_does_not_keep_the_service_fr
     assert stopped.stdout == f"daemontest.py {manager} Server terminated.\n"
 
 
-def test_a_good_configuration_is_told_so_and_nothing_is_started(service: Service) -> None:
+def test_a_check_starts_nothing(service: Service) -> None:
     service.write_handler("def handle(text):\n    return text")
     service.configure("handler = 'service:handle'\nworkers = 8\ntimeout = 2.5\n")
     done = service.run("--check")
@@ -251,21 +236,3 @@ def test_a_good_configuration_is_told_so_and_nothing_is_started(service: Service
     assert sorted(file.name for file in service.home.iterdir()) == ["daemontest.toml", "service.py"]
 
 
-def test_a_file_that_is_to_be_both_pid_file_and_log_is_refused(service: Service) -> None:
-    done = service.run("--pid-file", "both", "--log-file", service.home / "both")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"daemontest.py: bad settings: pid_file and log_file are both {service.home}/both\n"
-
-
-def test_an_empty_name_of_a_configuration_file_is_refused(service: Service) -> None:
-    done = service.run("--check", "-c", "")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"daemontest\.py: cannot read configuration [^\n]+\n", done.stderr)
-
-
-def test_a_pipe_as_log_that_nobody_reads_is_refused(service: Service) -> None:
-    os.mkfifo(service.home / "pipe")
-    done = service.run("-p", service.port, "--log-file", "pipe")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"daemontest\.py: cannot open log file [^\n]+\n", done.stderr)
-    assert not service.pid_file.exists()

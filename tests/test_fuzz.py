@@ -1,7 +1,10 @@
-"""Any bytes, in any segmentation, with or without half-close: the right length or the right refusal, always."""
+"""Any bytes, in any segmentation, get the right reply; any configuration is taken or refused in one line."""
 
+import math
+import re
 import socket
 import time
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,6 +19,9 @@ OPEN_SIDE = 2000  # bytes; beyond, only a half-close ends a text
 TIMEOUT = 1.5
 LONGEST_PAUSE = 0.06  # s; a client silent for longer after a newline may be taken to have ended its text
 LONGEST = 0.2  # s; beyond, what is left of the timeout is less than the silence that ends other texts
+
+
+# ---- The wire -------------------------------------------------------------------------
 
 BOUNDED = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
@@ -40,7 +46,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
 
 
-def right_answer(text: bytes, half_closed: bool) -> str:
+def right_reply(text: bytes, half_closed: bool) -> str:
     if len(text) > MAX_TEXT:
         return f"error: text longer than {MAX_TEXT} bytes\n"
     if not half_closed and len(text) > OPEN_SIDE:
@@ -51,8 +57,8 @@ def right_answer(text: bytes, half_closed: bool) -> str:
         return f"error: text is not UTF-8 at byte offset {why.start}\n"
 
 
-def answer(service: Service, segments: list[bytes], half_close: bool) -> tuple[int, str] | None:
-    """The PID and the answer; None if this process was held up so long that the text may have been taken for ended."""
+def ask(service: Service, segments: list[bytes], half_close: bool) -> tuple[int, str] | None:
+    """The PID and the reply; None if this process was held up so long that the text may have been taken for ended."""
     moments = [time.monotonic()]
 
     def in_time() -> bool:
@@ -80,21 +86,21 @@ def answer(service: Service, segments: list[bytes], half_close: bool) -> tuple[i
 
 
 class Judge:
-    """Holds each answer against the right one; asks again when this process was held up, which tells nothing."""
+    """Holds each reply against the right one; asks again when this process was held up, which tells nothing."""
 
     def __init__(self, service: Service, half_close: bool) -> None:
         self.service, self.half_close = service, half_close
-        self.workers = service.workers()
+        self.processes = service.workers() | {service.keeper()}
 
     def ask(self, segments: list[bytes]) -> None:
-        while (found := answer(self.service, segments, self.half_close)) is None:
+        while (found := ask(self.service, segments, self.half_close)) is None:
             pass
         pid, reply = found
-        assert pid in self.workers
-        assert reply == right_answer(b"".join(segments), self.half_close)
+        assert pid in self.processes
+        assert reply == right_reply(b"".join(segments), self.half_close)
 
 
-def test_any_text_that_is_half_closed_is_answered_right(running: Service) -> None:
+def test_a_text_that_is_half_closed_gets_the_right_reply(running: Service) -> None:
     judge = Judge(running, half_close=True)
 
     @settings(max_examples=300, **BOUNDED)
@@ -103,10 +109,10 @@ def test_any_text_that_is_half_closed_is_answered_right(running: Service) -> Non
         judge.ask(segments)
 
     try_it()
-    assert running.workers() == judge.workers
+    assert running.workers() | {running.keeper()} == judge.processes
 
 
-def test_any_text_that_is_not_half_closed_is_answered_right(running: Service) -> None:
+def test_a_text_on_an_open_side_gets_the_right_reply(running: Service) -> None:
     judge = Judge(running, half_close=False)
 
     @settings(max_examples=3, **BOUNDED)
@@ -116,4 +122,87 @@ def test_any_text_that_is_not_half_closed_is_answered_right(running: Service) ->
             list(pool.map(judge.ask, texts))
 
     try_it()
-    assert running.workers() == judge.workers
+    assert running.workers() | {running.keeper()} == judge.processes
+
+
+# ---- The configuration ----------------------------------------------------------------
+
+WHOLE = {"port": 65535, "workers": 10_000, "max_requests": None, "max_text": None}  # keys and their greatest values
+SECONDS = ["timeout", "handler_timeout", "grace"]
+NAMES = ["bind", "pid_file", "log_file", "handler", "log"]
+VALUES = st.one_of(
+    st.integers(-2, 70_000), st.sampled_from([0.01, 0.5, 86400.0, 86401.0, -1.0, math.inf, math.nan]), st.booleans(),
+    st.text("ab:./~ é\0\n\"'\\", max_size=6), st.sampled_from(["texts", "requests", "life", "127.0.0.1"]),
+    st.lists(st.integers(), max_size=2))
+
+
+def is_good(key: str, value: object) -> bool | None:
+    """Whether KEY may have VALUE; None where that depends on more than the value."""
+    if key in WHOLE:
+        return type(value) is int and value >= 1 and (WHOLE[key] is None or value <= WHOLE[key])
+    if key in SECONDS:
+        return type(value) in (int, float) and 0.01 <= value <= 86400
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    return value in ("texts", "requests", "life") if key == "log" else None
+
+
+def literal(value: object) -> str:
+    """VALUE in TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + "".join(f"\\U{ord(character):08x}" for character in value) + '"'
+    return repr(value)
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One that is never started."""
+    with serving(tmp_path_factory.mktemp("idle") / "home") as service:
+        yield service
+
+
+def check(idle: Service, content: bytes) -> str:
+    """The reason for which the configuration is refused, if it is."""
+    path = idle.home / "daemontest.toml"
+    path.write_bytes(content)
+    done = idle.run("--check")
+    if done.returncode == 0:
+        assert (done.stdout, done.stderr) == ("daemontest.py: configuration is good\n", "")
+        return ""
+    assert (done.returncode, done.stdout) == (1, "")
+    found = re.fullmatch(r"daemontest\.py: ([^\n]+)\n", done.stderr)
+    assert found, done.stderr
+    assert found[1].isprintable()
+    return found[1]
+
+
+def test_settings_are_taken_or_refused_by_name(idle: Service) -> None:
+    @settings(max_examples=20, **BOUNDED)
+    @given(st.dictionaries(st.sampled_from([*WHOLE, *SECONDS, *NAMES, "wokers"]), VALUES, max_size=3))
+    def try_it(chosen: dict[str, object]) -> None:
+        why = check(idle, "".join(f"{key} = {literal(value)}\n" for key, value in chosen.items()).encode())
+        verdicts = {key: is_good(key, value) for key, value in chosen.items()}
+        if False in verdicts.values() or "wokers" in chosen:
+            found = re.fullmatch(rf"bad configuration {idle.home}/daemontest\.toml: (\w+): .*expected .+", why)
+            assert found, why
+            assert verdicts[found[1]] is not True
+        elif None not in verdicts.values():
+            assert why == ""
+
+    try_it()
+
+
+def test_bytes_that_are_no_toml_are_refused_as_such(idle: Service) -> None:
+    @settings(max_examples=20, **BOUNDED)
+    @given(st.one_of(st.binary(max_size=60), st.text("port=wks[]{}\"'#.\n 0123é\0", max_size=40).map(str.encode)))
+    def try_it(content: bytes) -> None:
+        try:
+            keys = tomllib.loads(content.decode()).keys()
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+            assert "expected TOML" in check(idle, content)
+        else:
+            assert (check(idle, content) == "") <= (keys <= {*WHOLE, *SECONDS, *NAMES})
+
+    try_it()

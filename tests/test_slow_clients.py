@@ -1,40 +1,91 @@
-"""No client holds a worker: whoever is slow costs a descriptor and his bytes, nothing more."""
+"""No client holds a worker, no handler holds a client: who is slow costs a descriptor and its bytes, nothing more."""
 
+import os
+import re
+import resource
+import signal
 import socket
 import struct
 import time
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from statistics import median
 
+import psutil
 import pytest
-from conftest import Service, wait_until
-from slow_clients import (
-    Crowd,
-    Kind,
-    SlowSender,
-    in_hand,
-    not_reading,
-    original,
-    sending_on,
-    sending_without_end,
-    silent,
-    slow_line,
-    stalled,
-    stalled_in_a_large_text,
-    trickling,
-    urgent,
-)
+import slow_clients as slow
+from conftest import Held, Load, Service, alive, read_all, wait_until
+from slow_clients import BEGINNING, Crowd, Kind
 
-PROMPT = 2.0  # s; as a rule, also on a loaded machine.  A slow client that held a worker would hold it for 30 s
-LATEST = 15.0  # s; even if a process is not scheduled for a while
-TOO_LONG = b"x" * 5001
-LIMITS = ("-n", "1000000", "--timeout", "30", "--max-text", "5000")
+MIB = 2**20
+REST = "your text size: 2101\n"  # of the reply to a text that was begun and finished, after the PID
+FOR_EVER = ("-n", "1000000")  # no worker is to end after its requests
+HANDLER = """
+import os, threading, time
+import held
+
+kept = []
+
+def fill():
+    try:
+        while True:
+            kept.append(open(os.devnull))
+    except OSError:
+        pass
+
+def handle(text):
+    match text.split():
+        case ["hold"]:
+            return held.handle(text)
+        case ["sleep", seconds]:
+            time.sleep(float(seconds))
+        case ["reply", count]:
+            return "x" * int(count)
+        case ["fill"]:  # all descriptors that the worker may have, that of this client too
+            threading.Timer(0.2, fill).start()
+    return f"your text size: {len(text)}"
+"""
 
 
-def start(service: Service, *arguments: str) -> set[int]:
-    """Start with a handler that does as told; the workers."""
-    service.start(*service.use_handler("does_as_told"), *arguments)
-    return service.workers()
+@pytest.fixture
+def held(service: Service) -> Held:
+    service.write_handler(HANDLER)
+    service.configure('handler = "service:handle"\n')
+    return Held(service)
+
+
+def start(service: Service, *arguments: str, descriptors: tuple[int, int] | None = None) -> int:
+    """Start with a soft and a hard limit of DESCRIPTORS; the manager's PID."""
+    return service.start(*arguments, preexec_fn=lambda: descriptors and resource.setrlimit(
+        resource.RLIMIT_NOFILE, descriptors))
+
+
+def begin(service: Service, count: int = 1) -> list[socket.socket]:
+    """COUNT clients that have sent the beginning of a text, and are in the keeper's hand."""
+    before = kept(service)[0]
+    clients = [service.connect(timeout=40) for _ in range(count)]
+    for client in clients:
+        client.sendall(BEGINNING)
+    wait_until(lambda: kept(service)[0] >= before + count, f"{count} clients to be kept")
+    return clients
+
+
+def finish(client: socket.socket) -> str:
+    """Send the rest of the text; the reply."""
+    with client:
+        client.sendall(b"x")
+        client.shutdown(socket.SHUT_WR)
+        return read_all(client).decode()
+
+
+def kept(service: Service) -> tuple[int, int]:
+    """How many clients and bytes the keeper says that it has in hand."""
+    before = len(service.records("Status: keeper with"))
+    os.kill(service.manager(), signal.SIGUSR1)
+    told = service.wait_for_records("Status: keeper with", before + 1)[-1]["message"]
+    match = re.search(r"with (\d+) clients?, (\d+) bytes?", told)
+    assert match, told
+    return int(match[1]), int(match[2])
 
 
 def assert_prompt(service: Service, times: int = 10) -> None:
@@ -44,114 +95,425 @@ def assert_prompt(service: Service, times: int = 10) -> None:
         began = time.monotonic()
         assert service.ask("whole\n").endswith(" your text size: 6\n")
         took.append(time.monotonic() - began)
-    assert_quick(took)
+    assert median(took) < 1, took  # a slow client that held the worker would hold it for 40 s
 
 
-def assert_quick(took: list[float]) -> None:
-    assert median(took) < (PROMPT if len(took) > 1 else LATEST), took
-    assert max(took) < LATEST, took
+def assert_at_rest(service: Service) -> None:
+    """No process of the service takes processor time any more."""
+    def used() -> float:
+        """By the processes' own clocks (clock_getcpuclockid(3)), since /proc counts in steps of 10 ms."""
+        seconds = 0.0
+        for pid in service.processes():
+            with suppress(OSError):  # it has gone
+                seconds += time.clock_gettime(~pid << 3 | 2)
+        return seconds
+
+    def used_in_a_moment() -> float:
+        before = used()
+        time.sleep(0.5)
+        return used() - before
+
+    wait_until(lambda: used_in_a_moment() < 0.01, "the service to take no processor time")
 
 
-@pytest.mark.parametrize(("workers", "count"), [(1, 20), (5, 200)])
-@pytest.mark.parametrize(("kind", "text"), [
-    (stalled, b""), (trickling, b""), (urgent, b""), (sending_on, TOO_LONG), (silent, b"")],
-    ids=["stalled", "trickling", "urgent", "sending_on", "silent"])
-def test_the_next_text_is_answered_at_once_beside(
-        service: Service, kind: Kind, text: bytes, workers: int, count: int) -> None:
-    serving = start(service, "-w", str(workers), *LIMITS)
+def sizes(crowd: Crowd) -> set[bytes]:
+    """What the crowd's replies say, without the PID."""
+    return {reply.partition(b" ")[2] for reply in crowd.replies}
+
+
+# ---- Beside slow clients --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "count", "max_text", "text"), [
+    pytest.param(slow.silent, 800, 5000, b"", id="silent"),
+    pytest.param(slow.urgent, 200, 5000, b"", id="urgent"),
+    pytest.param(slow.stalled, 300, MIB, b"", id="stalled"),
+    pytest.param(slow.stalled, 10, 2 * MIB, bytes(MIB), id="stalled-large"),
+    pytest.param(slow.trickling, 200, MIB, b"", id="trickling"),
+    pytest.param(slow.staying, 200, 5000, b"", id="staying"),
+    pytest.param(slow.sending_on, 100, 5000, b"x" * 5001, id="sending-on"),
+    pytest.param(slow.sending_without_end, 4, 5000, b"x" * 5001, id="sending-without-end"),
+    pytest.param(slow.not_reading, 20, 100 * MIB, b"reply 6000000", id="not-reading"),
+])
+def test_next_text_is_answered_at_once_beside(
+        service: Service, held: Held, kind: Kind, count: int, max_text: int, text: bytes) -> None:
+    start(service, "-w", "1", "--timeout", "40", "--max-text", str(max_text), *FOR_EVER)
+    workers = service.workers()
     with Crowd(service.port, kind, count, text=text) as crowd:
-        if kind is not silent:  # whom the kernel may keep
-            wait_until(lambda: in_hand(service) == count, "all of them in hand")
+        crowd.wait_until_in_place()
         assert_prompt(service)
         assert (crowd.replies, crowd.failures) == ([], []), "they are to be there still"
-        if kind is not silent:
-            wait_until(lambda: in_hand(service) == count, "them alone, and all of them, in hand")
     assert_prompt(service, 1)
-    assert service.workers() == serving
+    assert service.workers() == workers
+    wait_until(lambda: kept(service) == (0, 0), "the keeper to have let them go")
+    assert_at_rest(service)
 
 
-@pytest.mark.parametrize(("workers", "count"), [(1, 5), (5, 50)])
-def test_the_next_text_is_answered_at_once_beside_those_who_do_not_read_their_reply(
-        service: Service, workers: int, count: int) -> None:
-    serving = start(service, "-w", str(workers), "-n", "1000000", "--timeout", "30", "--max-text", "100000000")
-    with Crowd(service.port, not_reading, count, text=b"reply 6000000") as crowd:
-        wait_until(lambda: in_hand(service) == count, "all of them in hand")
-        assert_prompt(service)
-        assert (crowd.replies, crowd.failures) == ([], [])
-        wait_until(lambda: in_hand(service) == count, "them alone, and all of them, in hand")
-    assert_prompt(service, 1)
-    assert service.workers() == serving
+# ---- The slow clients themselves --------------------------------------------------------
 
 
-def test_the_next_text_is_answered_at_once_beside_endless_senders(service: Service) -> None:
-    serving = start(service, "-w", "1", "-n", "1000000", "--timeout", "2", "--max-text", "5000")
-    with Crowd(service.port, sending_without_end, 5, text=TOO_LONG) as crowd:
-        assert_prompt(service)
-        wait_until(lambda: len(crowd.failures) == 5, "all of them to be cut off")
-        assert crowd.replies == []
-    assert service.workers() == serving
+def test_stalled_clients_are_answered_when_they_go_on(service: Service, held: Held) -> None:
+    start(service, "-w", "1", *FOR_EVER)
+    [worker] = service.workers()
+    assert {finish(client) for client in reversed(begin(service, 20))} == {f"{worker} {REST}"}
 
 
-def test_all_kinds_of_slow_clients_at_a_time_hold_not_even_a_single_worker(service: Service) -> None:
-    serving = start(service, "-w", "1", "-n", "1000000", "--timeout", "30", "--max-text", "10000000")
-    texts = {sending_on: bytes(10_000_001), not_reading: b"reply 6000000"}
-    with ExitStack() as crowds:
-        for kind in (stalled, stalled_in_a_large_text, trickling, urgent, sending_on, silent, not_reading):
-            crowds.enter_context(Crowd(service.port, kind, 3, text=texts.get(kind, b"")))
-        assert_prompt(service)
-        wait_until(lambda: in_hand(service) >= 6 * 3, "all but the silent in hand")
-    assert service.workers() == serving
-
-
-def test_each_stalled_client_is_refused_at_its_own_timeout(service: Service) -> None:
-    [worker] = start(service, "-w", "1", "--timeout", "1.5")
-    with Crowd(service.port, stalled, 50) as crowd:
-        in_place = time.monotonic()
-        crowd.wait_until_served()
-        assert time.monotonic() - in_place < 30  # one after the other, it would be 75 s
-    assert crowd.failures == []
-    assert crowd.replies == [f"{worker} error: text not ended within 1.5 s\n".encode()] * 50
-
-
-def test_a_client_that_stalled_is_answered_when_it_goes_on(service: Service) -> None:
-    [worker] = start(service, "-w", "1", *LIMITS)
-    senders = [SlowSender(service.connect()) for _ in range(20)]
-    wait_until(lambda: in_hand(service, worker) == 20, "all of them in hand")
-    assert_prompt(service, 1)
-    for sender in reversed(senders):
-        assert sender.finish() == f"{worker} your text size: 2101\n"
-    assert_quick([sender.waited for sender in senders])
-
-
-def test_clients_that_reset_in_mid_text_take_nobody_along(service: Service) -> None:
-    [worker] = start(service, "-w", "1", *LIMITS)
-    senders = [SlowSender(service.connect()) for _ in range(20)]
-    wait_until(lambda: in_hand(service, worker) == 20, "all of them in hand")
-    for sender in senders[::2]:
-        sender.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        sender.connection.close()
-    wait_until(lambda: in_hand(service, worker) == 10, "half of them to be gone")
-    for sender in senders[1::2]:
-        assert sender.finish() == f"{worker} your text size: 2101\n"
-    assert service.workers() == {worker}
-    assert len(service.records("Client: .*; Lost: Connection reset by peer")) == 10
-
-
-def test_slow_lines_limit_how_fast_their_texts_are_served_and_not_the_number_of_workers(service: Service) -> None:
+@pytest.mark.parametrize(("kind", "count", "reply"), [
+    pytest.param(slow.slow_line, 50, b"your text size: 229376\n", id="slow-lines"),  # one by one: 70 s
+    pytest.param(slow.original, 250, b"your text size: 31\n", id="original"),  # 25 s
+    pytest.param(slow.two_parts, 1250, b"your text size: 34\n", id="two-parts"),  # 25 s
+])
+def test_slow_clients_are_served_at_the_same_time(
+        service: Service, held: Held, kind: Kind, count: int, reply: bytes) -> None:
     start(service, "-w", "1", "--timeout", "50")
     began = time.monotonic()
-    with Crowd(service.port, slow_line, 30, waits=False) as crowd:
+    with Crowd(service.port, kind, count) as crowd:
         crowd.wait_until_served()
-    assert time.monotonic() - began < 25  # one after the other, it would be 42 s
-    assert crowd.failures == []
-    assert [reply.partition(b" ")[2] for reply in crowd.replies] == [b"your text size: 229376\n"] * 30
+    assert time.monotonic() - began < 15
+    assert (len(crowd.replies), crowd.failures, sizes(crowd)) == (count, [], {reply})
 
 
-def test_clients_of_the_original_kind_are_served_at_the_same_time(service: Service) -> None:
-    start(service, "-w", "1", *LIMITS)
+def test_each_stalled_client_is_refused_at_its_own_timeout(service: Service, held: Held) -> None:
+    start(service, "-w", "1", "--timeout", "1.5")
+    with Crowd(service.port, slow.stalled, 50) as crowd:
+        crowd.wait_until_in_place()
+        in_place = time.monotonic()
+        crowd.wait_until_served()
+        assert time.monotonic() - in_place < 20  # one by one, it would be 75 s
+    assert (crowd.failures, sizes(crowd)) == ([], {b"error: text not ended within 1.5 s\n"})
+    assert len(service.wait_for_records("Client: 127.0.2.*; Refused: text not ended within 1.5 s.", 50)) == 50
+
+
+def test_reply_that_nobody_takes_is_given_up_at_the_timeout(service: Service, held: Held) -> None:
+    start(service, "--timeout", "1.5")
+    with Crowd(service.port, slow.not_reading, 5, text=b"reply 6000000") as crowd:
+        crowd.wait_until_in_place()
+        service.wait_for_records("Client: 127.0.2.*; Reply Not Delivered: ", 5)
+    assert_at_rest(service)
+
+
+def test_reset_in_mid_text_takes_nobody_along(service: Service, held: Held) -> None:
+    start(service)
+    clients = begin(service, 20)
+    for client in clients[::2]:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    assert len(service.wait_for_records("Client: 127.0.0.1; Lost: Connection reset by peer", 10)) == 10
+    assert all(finish(client).endswith(REST) for client in clients[1::2])
+
+
+def test_text_that_came_while_the_service_was_suspended_is_answered(service: Service, held: Held) -> None:
+    start(service, "--timeout", "1.5")
+    clients, processes = begin(service, 3), service.processes()
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool:
+        replies = list(map(pool.submit, [finish] * 3, clients))
+        time.sleep(2)  # beyond the timeout
+        for pid in processes:
+            os.kill(pid, signal.SIGCONT)
+        assert all(reply.result().endswith(REST) for reply in replies)
+
+
+# ---- Beside handlers --------------------------------------------------------------------
+
+
+def test_whole_text_never_waits_while_a_worker_is_idle(service: Service, held: Held) -> None:
+    start(service, "-w", "5", "--timeout", "40", *FOR_EVER)
+    clients = begin(service, 20)
+    with ThreadPoolExecutor() as pool:
+        try:
+            busy = [pool.submit(service.ask, "hold", timeout=50) for _ in range(4)]
+            [idle] = service.workers() - set(held.wait_for(4))
+            assert {finish(client) for client in clients} == {f"{idle} {REST}"}
+            for kind in (slow.two_parts, slow.original, slow.slow_short_text):
+                with Crowd(service.port, kind, 20) as crowd:
+                    crowd.wait_until_served()
+                assert (crowd.failures, {reply.split()[0] for reply in crowd.replies}) == ([], {b"%d" % idle})
+        finally:
+            held.release()
+        assert all(reply.result().endswith(" let through\n") for reply in busy)
+
+
+def test_long_handlers_delay_no_slow_client(service: Service, held: Held) -> None:
+    """During a reload and recycling, too."""
+    start(service, "-w", "5", "-n", "50")
+    with ExitStack() as stack:
+        crowds = [stack.enter_context(Crowd(service.port, kind, count, again=True))
+                  for kind, count in ((slow.two_parts, 25), (slow.original, 8))]
+        with Load(service, 3, b"sleep 3") as handlers:
+            handlers.wait_for(6)
+            assert service.run("--reload").returncode == 0
+            handlers.wait_for(3)
+        for crowd in crowds:
+            crowd.wait_until_served()
+    for crowd in crowds:
+        assert crowd.failures == handlers.failures == []
+        assert len(crowd.replies) > 100
+        assert max(crowd.waits) < 1.5, "some waited for a handler of 3 s"
+
+
+def test_texts_that_wait_for_a_busy_worker_are_refused_for_no_timeout(service: Service, held: Held) -> None:
+    start(service, "-w", "1", "--timeout", "1.5")
+    clients = begin(service, 5)
+    with ThreadPoolExecutor(40) as pool:
+        busy = pool.submit(service.ask, "hold")
+        [worker] = held.wait_for()
+        waiting: list[Future[str]] = [*map(pool.submit, [finish] * 5, clients),
+                                      *(pool.submit(service.ask, "x" * 2101) for _ in range(20))]
+        with Crowd(service.port, slow.two_parts, 200) as crowd:
+            time.sleep(2)  # beyond the timeout
+            held.release()
+            crowd.wait_until_served()
+        assert busy.result() == f"{worker} let through\n"
+        assert {reply.result().partition(" ")[2] for reply in waiting} == {REST}
+    assert (len(crowd.replies), crowd.failures, sizes(crowd)) == (200, [], {b"your text size: 34\n"})
+
+
+# ---- Bounds -------------------------------------------------------------------------------
+
+
+def dropped(service: Service, reason: str) -> int:
+    """How many clients the log says were dropped for REASON."""
+    records = service.records(f"Client: .*; Dropped: {reason}")
+    return sum(1 + int((re.search(r"\(and (\d+) before\)", record["message"]) or "00")[1]) for record in records)
+
+
+def test_keeper_raises_its_own_limit_of_descriptors(service: Service, held: Held) -> None:
+    start(service, "-w", "2", "--timeout", "40", descriptors=(64, 600))
+    with Crowd(service.port, slow.stalled, 400) as crowd:
+        crowd.wait_until_in_place()
+        wait_until(lambda: kept(service)[0] == 400, "all of them to be kept")
+        assert_prompt(service)
+        assert (crowd.replies, crowd.failures) == ([], [])
+
+
+def test_at_the_bound_of_clients_the_oldest_are_dropped_and_the_newest_served(service: Service, held: Held) -> None:
+    start(service, "-w", "2", "--timeout", "40", *FOR_EVER, descriptors=(64, 64))
+    workers = service.workers()
+    oldest = begin(service, 10)
+    with Crowd(service.port, slow.stalled, 300) as crowd:
+        for client in oldest:
+            with client, suppress(ConnectionError):
+                assert client.recv(100) == b"", "at the most an end without a word"
+        wait_until(lambda: len(crowd.replies) + len(crowd.failures) + kept(service)[0] >= 300, "all to have come")
+        assert_prompt(service)
+        newest = service.connect()
+        newest.sendall(BEGINNING)
+        assert_prompt(service, 1)
+        assert finish(newest).endswith(REST)
+        assert 10 < kept(service)[0] < 64
+        assert_at_rest(service)  # nobody spins while there are no descriptors
+    assert service.workers() == workers
+    assert service.records("Client: .*; Dropped: ")[0]["message"].startswith("Client: 127.0.0.1; ")
+    assert dropped(service, "too many clients") > 100
+    assert len(service.records("Client: .*; Dropped: ")) < 50, "several within a second are told in one record"
+
+
+@pytest.mark.parametrize(("kind", "text"), [(slow.stalled, bytes(4 * MIB)), (slow.not_reading, b"reply 8000000")],
+                         ids=["texts", "replies"])
+def test_at_the_bound_of_bytes_the_oldest_are_dropped(service: Service, held: Held, kind: Kind, text: bytes) -> None:
+    start(service, "-w", "1", "--timeout", "40", "--max-text", str(4 * MIB), *FOR_EVER)
+    processes = service.processes()
+    service.ask(bytes(4 * MIB))
+    service.ask("reply 8000000")
+    before = sum(map(memory, processes))
+    with Crowd(service.port, kind, 100, text=text) as crowd:
+        wait_until(lambda: crowd.in_place + len(crowd.failures) >= 100, "all of them to have come")
+        wait_until(lambda: dropped(service, "too many bytes") >= 20, "the oldest to be dropped")
+        assert_prompt(service)
+        assert service.ask(bytes(4 * MIB)).endswith(f" your text size: {4 * MIB}\n")
+        assert kept(service)[0] > 0, "the newest are there still"
+        assert kept(service)[1] < 200 * MIB
+        assert sum(map(memory, processes)) - before < 200 * MIB, "together they sent, or asked for, 800 MiB"
+        assert_at_rest(service)
+    assert service.processes() == processes
+
+
+def memory(pid: int) -> int:
+    """Bytes that are the process's own."""
+    return int(psutil.Process(pid).memory_full_info().uss)
+
+
+def test_memory_does_not_grow_with_each_crowd(service: Service, held: Held) -> None:
+    start(service, "-w", "1", "--max-text", str(64 * MIB))
+    grown = []
+    for _ in range(4):
+        with Crowd(service.port, slow.stalled, 20, text=bytes(MIB)) as crowd:
+            crowd.wait_until_in_place()
+            wait_until(lambda: kept(service)[1] > 19 * MIB, "the keeper to have their bytes")
+        wait_until(lambda: kept(service) == (0, 0), "them to have gone")
+        grown.append(memory(service.keeper()))
+    assert grown[-1] - grown[0] < 25 * MIB, "they sent 80 MiB; the allocator may keep what one crowd took"
+
+
+def test_without_memory_for_a_text_it_is_refused_and_nobody_ends(service: Service, held: Held) -> None:
+    start(service, "-w", "1", "--timeout", "40", "--max-text", str(200 * MIB))
+    [client], [worker], keeper = begin(service), service.workers(), service.keeper()
+    for pid in (worker, keeper):
+        space = psutil.Process(pid).memory_info().vms + 40 * MIB
+        resource.prlimit(pid, resource.RLIMIT_AS, (space, space))
+    for size in (30, 100, 35):  # the memory ends as the text is received, or not before it is decoded
+        assert re.fullmatch(r"\d+ error: .+\n", service.ask(bytes(size * MIB)))
+        assert service.ask("whole\n") == f"{worker} your text size: 6\n"
+    assert finish(client) == f"{worker} {REST}"
+    assert (service.workers(), service.keeper()) == ({worker}, keeper)
+
+
+def test_worker_without_descriptors_is_replaced(service: Service, held: Held) -> None:
+    service.expected += ["Cannot Accept: Too many open files", r"Child Process Died\. \(exit status 0\)"]
+    start(service, "-w", "1", descriptors=(64, 64))
+    [worker] = service.workers()
+    assert service.ask("fill").endswith(" your text size: 4\n")
+    wait_until(lambda: int(service.ask("x").split()[0]) != worker, "the full worker to be replaced")
+    service.wait_for_records("Cannot Accept: Too many open files")
+    assert_at_rest(service)
+
+
+# ---- Long replies -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_long_replies_arrive_whole(service: Service, held: Held, count: int) -> None:
+    start(service)
+    with ThreadPoolExecutor(count) as pool:
+        replies = [pool.submit(service.ask, "reply 100000000", timeout=40) for _ in range(count)]
+        for reply in replies:
+            assert len(text := reply.result().partition(" ")[2]) == 100_000_001
+            assert text.count("x") == 100_000_000
+
+
+# ---- The keeper's end ---------------------------------------------------------------------
+
+
+def test_killed_keeper_loses_the_clients_in_its_hand_alone(service: Service, held: Held) -> None:
+    service.expected.append(r"Keeper Process Died\. \(SIGKILL")
+    start(service, "-w", "2", "--timeout", "40", *FOR_EVER)
+    workers = service.workers()
+    with ThreadPoolExecutor() as pool:
+        busy = pool.submit(service.ask, "hold")
+        held.wait_for()
+        for _ in range(3):
+            clients, keeper = begin(service, 3), service.keeper()
+            os.kill(keeper, signal.SIGKILL)
+            for client in clients:
+                with client, suppress(ConnectionError):
+                    assert client.recv(100) == b""
+            began = time.monotonic()
+            wait_until(lambda: service.keeper() != keeper, "the next keeper")  # noqa: B023
+            assert time.monotonic() - began < 5
+            assert_prompt(service, 2)
+        held.release()
+        assert busy.result().endswith(" let through\n")
+    assert service.workers() == workers
+    assert len(service.records(r"Keeper Process Died\. \(SIGKILL; 3 clients lost\)")) == 3
+    [client] = begin(service)
+    assert finish(client).endswith(REST)
+
+
+def test_stopped_keeper_blocks_no_worker(service: Service, held: Held) -> None:
+    start(service, "-w", "10", "--timeout", "20", *FOR_EVER)
+    keeper = service.keeper()
+    os.kill(keeper, signal.SIGSTOP)
+    with Crowd(service.port, slow.stalled, 60):
+        service.wait_for_records("Client: .*; Lost: ", 1)  # since no more can be passed on
+        for _ in range(3):
+            assert service.ask("whole\n").endswith(" your text size: 6\n")
+    os.kill(keeper, signal.SIGCONT)
+    wait_until(lambda: kept(service)[0] == 0, "the keeper to have let them go")
+    [client] = begin(service)
+    assert finish(client).endswith(REST)
+
+
+def test_stopped_keeper_keeps_no_stop_beyond_the_grace(service: Service, held: Held) -> None:
+    service.expected.append("Killed|Died")
+    start(service, "--grace", "1")
+    begin(service, 2)
+    os.kill(service.keeper(), signal.SIGSTOP)
     began = time.monotonic()
-    with Crowd(service.port, original, 200, waits=False) as crowd:
-        crowd.wait_until_served()
-    assert time.monotonic() - began < 12  # one after the other, it would be 20 s
-    assert crowd.failures == []
-    assert [reply.partition(b" ")[2] for reply in crowd.replies] == [b"your text size: 31\n"] * 200
+    assert service.stop().returncode == 0
+    assert time.monotonic() - began < 10
+    assert not service.processes()
+
+
+# ---- Reload and stop ----------------------------------------------------------------------
+
+
+def test_slow_clients_live_through_reloads_and_the_new_code_answers(service: Service, held: Held) -> None:
+    start(service, "-w", "2")
+    clients = begin(service, 6)
+    for word in ("second", "third"):
+        service.write_handler(f"def handle(text):\n    return '{word}'")
+        assert service.run("--reload").returncode == 0
+        new = {f"{worker} {word}\n" for worker in service.workers()}
+        for _ in range(3):
+            assert finish(clients.pop()) in new
+    assert service.wait_for_records("Keeper Process Started.")
+    wait_until(lambda: kept(service)[0] == 0, "nobody to be left with a keeper")
+    assert service.keeper()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=["stop", "kill"])
+def test_slow_clients_finish_after_the_managers_end(service: Service, held: Held, signum: int) -> None:
+    manager = start(service, "-w", "2", "--timeout", "30", "--max-text", str(100 * MIB))
+    processes, clients, reader = service.processes(), begin(service, 3), service.connect()
+    reader.sendall(b"reply 9000000")
+    reader.shutdown(socket.SHUT_WR)
+    wait_until(lambda: kept(service)[0] == 4, "a reply to be kept")
+    waiting = service.connect()
+    waiting.sendall(b"a line of an original client\n")
+    wait_until(lambda: kept(service)[0] == 5, "an original client to be kept")
+    os.kill(manager, signum)
+    wait_until(service.refuses, "nobody to listen")
+    assert all(finish(client).endswith(REST) for client in clients)
+    with waiting, reader:
+        assert read_all(waiting).endswith(b" your text size: 29\n")
+        assert len(read_all(reader)) > 9_000_000
+    wait_until(lambda: not any(map(alive, processes)), "all to end")
+
+
+def test_stop_waits_for_a_stalled_client_no_longer_than_the_grace(service: Service, held: Held) -> None:
+    start(service, "-w", "2", "--timeout", "60", "--grace", "1.5")
+    clients = begin(service, 3)
+    began = time.monotonic()
+    assert service.stop().returncode == 0
+    assert 1 < time.monotonic() - began < 10
+    for client in clients:
+        with client, suppress(ConnectionError):
+            assert b"error" in (client.recv(100) or b"error")
+    assert service.records()[-1]["message"] == "Server Terminated."
+    assert not service.records(".*Killed"), "who waits for clients gives up in time"
+
+
+# ---- Everything at a time -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", ["reload", "keeper", "generation", "worker"])
+def test_under_mixed_load_nobody_is_lost_but_whom_the_log_names(service: Service, held: Held, event: str) -> None:
+    service.expected.append(r"(Keeper Process|Generation|Child Process) Died\. \(SIGKILL")
+    start(service, "-w", "3", "-n", "20")
+    with ExitStack() as stack:
+        load = stack.enter_context(Load(service, 3))
+        crowds = [stack.enter_context(Crowd(service.port, kind, count, again=True))
+                  for kind, count in ((slow.two_parts, 10), (slow.original, 10), (slow.slow_short_text, 10))]
+        for _ in range(3):
+            load.wait_for(100)
+            match event:
+                case "reload":
+                    assert service.run("--reload").returncode == 0
+                case "keeper":
+                    keeper = service.keeper()
+                    load.wait_for(100)  # until it has clients
+                    os.kill(keeper, signal.SIGKILL)
+                case "generation":
+                    os.kill(service.generation(), signal.SIGKILL)
+                case "worker":
+                    os.kill(min(wait_until(service.workers, "workers")), signal.SIGKILL)
+        load.wait_for(100)
+        for crowd in crowds:
+            crowd.wait_until_served()
+    failed = len(load.failures) + sum(len(crowd.failures) + crowd.replies.count(b"") for crowd in crowds)
+    lost = sum(int(match[1]) for record in service.records("Keeper Process Died")
+               if (match := re.search(r"; (\d+) clients? lost", record["message"])))
+    assert failed <= {"keeper": lost, "worker": 3}.get(event, 0), (load.failures, [crowd.failures for crowd in crowds])
+    assert all(len(crowd.replies) >= 10 for crowd in crowds)

@@ -24,9 +24,11 @@ from typing import Any
 import daemon
 import lockfile
 import pytest
-from conftest import DAEMON, DATA, DEADLINE, Load, Service, wait_until
+from conftest import DAEMON, DEADLINE, Load, Service, wait_until
+from readme import block
 
 CLONE_NEWNET = 0x40000000
+BOOT = Path(__file__).with_name("boot_systemd.sh")
 PYTHON = f"/opt/python/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
 
 
@@ -34,6 +36,7 @@ class Machine:
     def __init__(self, init: int) -> None:
         self.init = init
         self.root = Path(f"/proc/{init}/root")
+        self.began = 0.0  # when the test did
 
     def run(self, command: str, timeout: float = 50) -> subprocess.CompletedProcess[str]:
         """A line of shell in the machine, as root."""
@@ -128,6 +131,13 @@ def find_systemd(unshared: subprocess.Popen[bytes], log: Path) -> int:
     return pid
 
 
+def set_up(machine: Machine) -> None:
+    """By README's commands, but for pip's, which needs a network."""
+    for command in block("useradd .*").strip().split("\n"):
+        if "pip install" not in command:
+            machine.do(command)
+
+
 @contextmanager
 def booted() -> Iterator[Machine]:
     """The machine, with daemontest installed.  Skips, saying why, where it cannot be."""
@@ -143,12 +153,13 @@ def booted() -> Iterator[Machine]:
              'exec unshare --pid --fork --kill-child --mount --net --uts --ipc --cgroup "$@"')
     with log.open("wb") as console:
         unshared = subprocess.Popen(
-            ["sh", "-c", start, "sh", group, "sh", str(DATA / "boot_systemd.sh"), base, sys.base_prefix],
+            ["sh", "-c", start, "sh", group, "sh", str(BOOT), base, sys.base_prefix],
             stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True)
     try:
         machine = Machine(find_systemd(unshared, log))
         wait_until(lambda: machine.run("systemctl is-system-running").stdout in ("running\n", "degraded\n"), "its boot")
         install(machine)
+        set_up(machine)
         yield machine
         os.kill(machine.init, signal.SIGRTMIN + 3)  # halt
         unshared.wait(DEADLINE)

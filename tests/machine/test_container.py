@@ -1,0 +1,194 @@
+"""As process 1 of a container it serves, reloads, stops, and reaps whatever has lost its parent there.
+
+In bubblewrap as README's container: as nobody, on a read-only root.  Skipped without bwrap, unshare or nsenter, or the
+right to use them (root, or user namespaces).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import DAEMON, DEADLINE, ROOT, Service, alive, wait_until
+from readme import block, program
+
+HANDLER = """
+import os, signal, subprocess
+
+def handle(text):
+    match text.split():
+        case ["orphan", seconds]:  # which the shell leaves behind
+            return subprocess.check_output(["sh", "-c", f"sleep {seconds} > /dev/null & echo $!"], text=True).strip()
+        case ["stop"]:
+            os.kill(1, signal.SIGTERM)
+    return "VERSION 1"
+"""
+
+
+def skip_unless_works(*jail: str | Path) -> None:
+    trial = subprocess.run([*jail, "true"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=50)
+    if trial.returncode:
+        pytest.skip(f"{jail[0]} does not work here: {trial.stderr.strip()}")
+
+
+class Container:
+    """Like `docker run --read-only --tmpfs /tmp` with README's ENTRYPOINT, but for the network, which is shared.
+
+    The service's home can be read in its place.
+    """
+
+    def __init__(self, service: Service, *arguments: str) -> None:
+        seen = [ROOT, Path(sys.prefix), Path(sys.base_prefix), service.home]  # though they may lie in /tmp
+        jail = [program("bwrap"), "--unshare-all", "--share-net", "--as-pid-1", "--die-with-parent", "--uid", "65534",
+                "--gid", "65534", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp",
+                *(word for path in seen for word in ("--ro-bind", path, path)), "--setenv", "HOME", "/nonexistent"]
+        skip_unless_works(*jail)
+        entrypoint = re.search(r"^ENTRYPOINT (.*)$", block("USER nobody"), re.MULTILINE)
+        assert entrypoint
+        command = [*json.loads(entrypoint[1])[1:], "-p", str(service.port), "-c", service.home / "daemontest.toml"]
+        self.service = service
+        with service.log_file.open("a") as log:
+            self.jail = subprocess.Popen([*jail, sys.executable, DAEMON, *command, *arguments], cwd="/",
+                                         env=service.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def __enter__(self) -> Container:
+        self.service.wait_for_records("Child Process Started.", 2)
+        [self.manager] = self.service.children(self.jail.pid)
+        self.service.serving_generation(self.manager)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.jail.kill()  # and so process 1, and so all
+        self.jail.wait(DEADLINE)
+        wait_until(lambda: not self.service.processes(), "the container's processes to go")
+
+    def workers(self) -> set[int]:
+        return self.service.workers(self.manager)
+
+    def zombies(self) -> list[int]:
+        found = []
+        for process in psutil.Process(self.manager).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+        return found
+
+    def orphans(self) -> set[int]:
+        """The manager's children that are none of the daemon's own."""
+        return {process.pid for process in psutil.Process(self.manager).children() if process.name() == "sleep"}
+
+
+@pytest.fixture
+def container(service: Service) -> Iterator[Container]:
+    service.write_handler(HANDLER)
+    service.configure('handler = "service:handle"\nworkers = 2\n')
+    with Container(service) as container:
+        yield container
+
+
+def test_it_serves_as_process_1(container: Container, service: Service) -> None:
+    assert service.ask("x").endswith(" VERSION 1\n")
+    assert service.records("Manager Process ID: 1$")
+    assert re.search(r"^NSpid:\t\d+\t1$", Path(f"/proc/{container.manager}/status").read_text(), re.MULTILINE)
+
+
+def test_it_reaps_every_orphan(container: Container, service: Service) -> None:
+    for _ in range(10):
+        service.ask("orphan 3")
+    assert len(container.orphans()) == 10
+    wait_until(lambda: not container.orphans() and not container.zombies(), "the orphans to be reaped")
+    assert not service.records(".*Died"), "they were none of its own"
+
+
+def test_it_reaps_a_generation_that_dies_and_its_workers(container: Container, service: Service) -> None:
+    service.expected.append(r"Generation Died\. \(SIGKILL\)")
+    [generation], workers = service.generations(container.manager), container.workers()
+    os.kill(generation, signal.SIGKILL)
+    wait_until(lambda: not any(map(psutil.pid_exists, {generation, *workers})), "generation and workers to be reaped")
+    wait_until(lambda: len(container.workers()) == 2, "a new generation's workers")
+    assert service.ask("x").endswith(" VERSION 1\n")
+    assert not container.zombies()
+
+
+def test_it_reloads_by_the_command_shown(container: Container, service: Service) -> None:
+    """Like `docker exec`."""
+    shown = re.search(r"^docker exec daemontest daemontest\.py (.*)$", block("docker build .*"), re.MULTILINE)
+    assert shown
+    enter = [program("nsenter"), "-t", str(container.manager), "--user", "--mount", "--pid", "--preserve-credentials"]
+    service.write_handler(HANDLER.replace("VERSION 1", "VERSION 2"))
+    done = subprocess.run([*enter, sys.executable, DAEMON, *shown[1].split()], cwd="/", env=service.env, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "daemontest.py: 1 reloaded\n", "")
+    assert {service.ask("x").split()[2] for _ in range(6)} == {"2"}
+    assert not container.zombies()
+
+
+@pytest.mark.parametrize("by", ["docker", "a process inside"])
+def test_it_stops_at_once_whatever_still_runs_there(container: Container, service: Service, by: str) -> None:
+    service.ask("orphan 60")
+    began = time.monotonic()
+    if by == "docker":
+        os.kill(container.manager, signal.SIGTERM)
+    else:
+        service.ask("stop")
+    assert container.jail.wait(DEADLINE) == 0
+    assert time.monotonic() - began < 10  # the grace is 30 s
+    assert service.records()[-1]["message"] == "Server Terminated."
+
+
+def test_without_a_place_for_the_pid_file_it_says_so(service: Service) -> None:
+    """As it would in a container without the command's --pid-file, or without --tmpfs."""
+    service.configure("")
+    container = Container(service, "--pid-file", "/nonexistent/daemontest.pid")
+    assert container.jail.wait(DEADLINE) == 1
+    assert service.log == ("daemontest.py: cannot use PID file /nonexistent/daemontest.pid: "
+                           "No such file or directory\n")
+
+
+# ---- A process 1 that is no init ----------------------------------------------------------
+
+REAPS_NOBODY = """
+import subprocess, sys, time
+subprocess.run(sys.argv[1:], check=True)
+time.sleep(60)
+"""
+
+
+def test_process_1_that_reaps_nobody_hinders_neither_reload_nor_stop(service: Service) -> None:
+    service.expected.append(r"Generation Died\. \(SIGKILL\)")
+    files = ("--pid-file", service.home / "container.pid", "--log-file", service.log_file)
+    unshare = [program("unshare"), *(["--map-root-user"] if os.geteuid() else []), "--pid", "--fork", "--kill-child",
+               "--mount-proc"]
+    skip_unless_works(*unshare)
+    with subprocess.Popen([*unshare, sys.executable, "-c", REAPS_NOBODY, sys.executable, DAEMON, "-w", "2",
+                           "-p", str(service.port), *files], cwd=service.home, env=service.env, text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as jail:
+        try:
+            assert jail.stdout
+            assert jail.stdout.readline().endswith(f" started, 2 workers on port {service.port}\n")
+            [manager] = [pid for pid in service.processes() if psutil.Process(pid).name() == "daemontest-mngr"]
+            [generation] = service.generations(manager)
+            os.kill(generation, signal.SIGKILL)
+            wait_until(lambda: service.generations(manager) - {generation} and len(service.workers(manager)) == 2,
+                       "a new generation")
+            old = service.workers(manager)
+            os.kill(manager, signal.SIGHUP)
+            wait_until(lambda: len(new := service.workers(manager)) == 2 and not old & new, "a reload")
+            assert service.ask("x").endswith(" your text size: 1\n")
+            began = time.monotonic()
+            os.kill(manager, signal.SIGTERM)
+            wait_until(lambda: not alive(manager), "the stop")
+            assert time.monotonic() - began < 10  # the grace is 30 s
+        finally:
+            jail.kill()
+    assert not service.records("Child Process (Died|Killed)")
