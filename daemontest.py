@@ -10,9 +10,7 @@
 
 The manager owns the PID file, the listening socket and the log, and never runs the handler's code.  A generation is
 one reading of the configuration and one import of the handler; a reload is the next generation.  A worker serves one
-client at a time: it reads the text, calls the handler, replies and closes.  A client that would make it wait goes to
-the keeper, which passes the text to an idle worker when it is whole.  To serve something else, write a function from
-text to text and name it with --handler.
+client at a time; one that would make it wait goes to the keeper, which passes whole texts to idle workers.
 
 Signals to the manager:  TERM, INT, QUIT   stop gracefully
                          HUP               reload configuration and handler, reopen the log
@@ -53,11 +51,11 @@ import tomllib
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 PROGRAM = "daemontest.py"
 __version__ = "3.0.0"
@@ -93,27 +91,25 @@ def failing_to(act: str) -> Iterator[None]:
 
 # ---- Log ----------------------------------------------------------------------------
 
-LOGGED_CHARACTERS = 2000  # of a client's text
-TRACED_CHARACTERS = 4000  # of a traceback, before it is escaped
+LOGGED, TRACED = 2000, 4000  # characters of a client's text, and of a traceback
 
 
 def open_log(name: str) -> int:
-    """Open the log file, which its owner and group alone can read; return its descriptor.  Raise Failure."""
+    """Open the log, which its owner and group alone can read; return its descriptor.  Raise Failure."""
     with failing_to(f"open log file {name}"):
-        return os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
+        return os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640) if name else os.dup(2)
 
 
-def log_to(descriptor: int) -> None:
-    """Make DESCRIPTOR, which is closed, the log: standard output and standard error, whoever writes to them."""
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+def log_to(file: int) -> None:
+    """Make FILE the log: standard output and standard error, whoever writes to them."""
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def log(records: str) -> None:
-    """Write RECORDS at once.  A log that cannot be written costs records, never service.
+    """Write RECORDS at once, cut in the middle to PIPE_BUF bytes, within which also a pipe keeps them whole (pipe(7)).
 
-    Within PIPE_BUF bytes a write is whole also in a pipe (pipe(7)); what is longer is cut in the middle.
+    A log that cannot be written costs records, never service.
     """
     while len(data := records.encode(errors="backslashreplace")) > select.PIPE_BUF:
         part = len(records) * 3 // 8
@@ -147,21 +143,13 @@ def printable(text: str, kept: str = "\u3000") -> str:
                    for c in text)
 
 
-def excerpt(text: str, room: int) -> tuple[str, int]:
-    """Return the beginning of TEXT, indented, in at most ROOM bytes, and how many characters that is."""
-    count = min(len(text), LOGGED_CHARACTERS)
-    while (size := len((lines := indented(text[:count])).encode())) > room:
-        count = count * room // size
-    return lines, count
-
-
 def traced(message: str, why: BaseException) -> str:
     """Return a record with the traceback of WHY, cut in the middle if it is long: it may hold a client's text."""
     text = f"{type(why).__name__}, which cannot be printed"
     with suppress(BaseException):  # the handler's own exception may fail to say what it is
         text = "".join(traceback.format_exception(why))
-    if len(text) > TRACED_CHARACTERS:
-        text = f"{text[:TRACED_CHARACTERS // 2]}\n...\n{text[-TRACED_CHARACTERS // 2:]}"
+    if len(text) > TRACED:
+        text = f"{text[:TRACED // 2]}\n...\n{text[-TRACED // 2:]}"
     return record("*", printable(message)) + indented(text)
 
 
@@ -194,42 +182,31 @@ class Printed(io.FileIO):
         pass
 
 
-PRINTED = Printed()
-
-
 # ---- PID file -----------------------------------------------------------------------
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
     """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)).
 
-    Invariant: a PID stands in the file only while the process that it names holds the lock exclusively.  So neither
-    the file's existence nor its content without the lock proves anything, and a leftover file is never in the way.
-    Commands that only ask take the lock shared, for a moment, and so are never mistaken for a manager.
-
-    Beside it the manager keeps a line on its reloads, for --reload: how many have begun, the last that has ended, and
-    its outcome.  Whoever waits for a reload only reads.
+    A PID stands in the file only while the process that it names holds the lock exclusively; so a leftover file is never
+    in the way.  Commands that only ask take the lock shared, for a moment.  Beside the file stands a line on reloads, for
+    --reload to read.
     """
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.lock = -1  # the manager's descriptor
-        self.line = -1  # the descriptor of the line on reloads
-        self.begun = self.ended = 0  # reloads: how many have begun, and the last one that has ended
-        self.pending = False  # a reload has begun, and its outcome is not known yet
+        self.lock = self.line = -1  # the manager's descriptors of the file, and of the line on reloads
+        self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
 
     def open_for(self, flags: int, path: str = "") -> int:
         """Open the file, which must be a regular file and no symbolic link; return a descriptor.  Raise OSError."""
-        try:
-            file = os.open(path or self.path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
-        except OSError as why:
-            raise OSError("is a symbolic link") if why.errno == errno.ELOOP else why from why
+        if os.path.islink(path or self.path):
+            raise OSError("is a symbolic link")
+        file = os.open(path or self.path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
             raise OSError("not a regular file")
         return file
-
-    # -- the manager's part --
 
     def claim(self) -> None:
         """Take the lock for the manager that is about to be forked.  Raise Failure."""
@@ -257,20 +234,13 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         with suppress(FileNotFoundError):
             os.unlink(f"{self.path}.reloads")
         self.line = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
-        self.write_line("")
+        self.tell_reload("none")
 
-    def begin_reload(self) -> None:
-        self.begun, self.pending = self.begun + 1, True
-        self.write_line("")
-
-    def end_reload(self, outcome: str) -> None:
-        """Tell those who wait how the pending reload went: "ok", or why nothing changed."""
-        if self.pending:
-            self.ended, self.pending = self.begun, False
-            self.write_line(outcome)
-
-    def write_line(self, outcome: str) -> None:
-        line = f"{self.begun} {self.ended} {printable(outcome)[:4000]}\n".encode(errors="backslashreplace")
+    def tell_reload(self, outcome: str = "") -> None:
+        """Tell those who wait that one more reload has begun; or, with an OUTCOME, how the last one has ended."""
+        begun, ended, last = self.reloads
+        self.reloads = (begun, begun, printable(outcome)) if outcome else (begun + 1, ended, last)
+        line = "{} {} {}\n".format(*self.reloads).encode(errors="backslashreplace")
         with suppress(OSError):  # a full disk must not end the manager
             os.pwrite(self.line, line, 0)
             os.truncate(self.line, len(line))
@@ -289,62 +259,51 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             return os.path.samestat(os.fstat(file), os.stat(self.path))
         return False
 
-    # -- for those who ask --
-
     def find_manager(self) -> tuple[int, int] | None:
-        """Return the PID of the living manager and a pidfd, or None.  Raise Failure.
-
-        Wait until a manager that is starting has written its PID.  While the lock is held, the PID is its holder's,
-        unless somebody else has locked a leftover file: hence the look at the owner.
-        """
+        """Return the PID of the living manager and a pidfd, or None; wait for one that is starting.  Raise Failure."""
         with failing_to(f"read PID file {self.path}"), suppress(FileNotFoundError):
             for _ in retries():
-                file = self.open_for(os.O_RDONLY)
-                try:
-                    if take_lock(file, fcntl.LOCK_SH):
+                with open(self.open_for(os.O_RDONLY), "rb", buffering=0) as file:
+                    if take_lock(file.fileno(), fcntl.LOCK_SH):
                         return None
-                    content = os.read(file, 20)
+                    content = file.read(20)
                     if not re.fullmatch(rb"[1-9]\d{0,8}\n", content):
                         continue
                     with suppress(ProcessLookupError):  # it has just ended
-                        pid = int(content)
+                        pid, owner = int(content), os.fstat(file.fileno()).st_uid
                         process = os.pidfd_open(pid)
-                        owner = file_owner = os.fstat(file).st_uid
-                        with suppress(FileNotFoundError):  # where /proc is hidden only one's own can be signalled
-                            owner = os.stat(f"/proc/{pid}").st_uid
-                        if take_lock(file, fcntl.LOCK_SH) or os.pread(file, 20, 0) != content:
-                            continue  # the number may mean another process by now
-                        if owner != file_owner:
-                            raise OSError(f"process {pid} does not belong to its owner")
-                        return pid, process
-                finally:
-                    os.close(file)
+                        # Somebody else may have locked a leftover file.  Where /proc is hidden only one's own can be
+                        # signalled.
+                        with suppress(FileNotFoundError):
+                            if os.stat(f"/proc/{pid}").st_uid != owner:
+                                raise OSError(f"process {pid} does not belong to its owner")
+                        if not take_lock(file.fileno(), fcntl.LOCK_SH) and os.pread(file.fileno(), 20, 0) == content:
+                            return pid, process  # otherwise the number may mean another process by now
         return None
 
-    def signal_manager(self, signum: signal.Signals) -> tuple[int, int]:
-        """Signal the manager; return its PID and a pidfd.  Raise Failure if there is none."""
+    def signal_manager(self, signum: int, exit_status: int = 1) -> tuple[int, int]:
+        """Signal the manager, with 0 only see that there is one; return its PID and a pidfd.  Raise Failure."""
         manager = self.find_manager()
         if manager is None:
-            raise Failure(f"not running (PID file {self.path})")
+            raise Failure(f"not running (PID file {self.path})", exit_status)
         with failing_to("signal the manager"), suppress(ProcessLookupError):  # it has just ended
-            signal.pidfd_send_signal(manager[1], signum)
+            if signum:  # which everybody may ask for
+                signal.pidfd_send_signal(manager[1], signum)
         return manager
 
     def ask_for_reload(self) -> int:
         """Have the manager reload, and wait until that is over; return its PID.  Raise Failure."""
+        pid, process = self.signal_manager(0)
         with failing_to(f"read {self.path}.reloads"):
-            try:
-                line = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
-            except FileNotFoundError:
-                raise Failure(f"not running (PID file {self.path})") from None
-            begun = os.pread(line, 8192, 0).partition(b" ")[0]
-            pid, process = self.signal_manager(signal.SIGHUP)
-            while not readable(process, 0.01):
-                found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(line, 8192, 0))
-                if found and int(found[1]) > int(begun or 0):
-                    if found[2] == b"ok":
-                        return pid
-                    raise Failure(f"nothing changed: {found[2].decode()}")
+            line = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
+            begun = int(os.pread(line, 8192, 0).partition(b" ")[0] or 0)
+        self.signal_manager(signal.SIGHUP)
+        while not readable(process, 0.01):
+            found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(line, 8192, 0))
+            if found and int(found[1]) > begun:
+                if found[2] == b"ok":
+                    return pid
+                raise Failure(f"nothing changed: {found[2].decode()}")
         raise Failure("nothing changed: the service stopped meanwhile")
 
 
@@ -369,7 +328,7 @@ def take_lock(file: int, kind: int) -> bool:
 # What the manager's loop reads, what means nothing to the manager, and what means nothing to the others.  A worker also
 # takes TERM, and ALRM at the end of its handler's time.
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
-MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM, signal.SIGTTOU}
+MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
 OTHERS_MEANINGLESS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
                       signal.SIGPIPE}
 
@@ -381,10 +340,7 @@ def do_nothing(*_: object) -> None:
 
 
 class Signals:
-    """The self-pipe trick: each signal becomes a byte in a pipe that a loop polls with everything else.
-
-    So no signal interrupts anything, and two in a row both count.
-    """
+    """The self-pipe trick: each signal becomes a byte in a pipe that a loop polls, so none interrupts or is lost."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -419,19 +375,15 @@ def reset_signals() -> None:
     """Set what signals mean in all processes but the manager."""
     signal.set_wakeup_fd(-1)
     handle_signals(do_nothing, OTHERS_MEANINGLESS)
-    if os.isatty(2):  # which may stop other groups that write to it
+    if os.isatty(2):  # a terminal may stop background groups that write to it
         handle_signals(signal.SIG_IGN, {signal.SIGTTOU})
     handle_signals(signal.SIG_DFL, {signal.SIGCHLD, signal.SIGALRM})
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def fork(*ends: int) -> int:
-    """Fork a process in which signals stay blocked until it is ready for them.
-
-    Python would drop, in the child, a signal that comes before os.fork() has returned there.  Raise Failure, having
-    closed ENDS.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)
+def fork(signals: set[signal.Signals], *ends: int) -> int:
+    """Fork a process in which SIGNALS stay blocked until it is ready for them.  Raise Failure, having closed ENDS."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     pid = -1
     try:
         with failing_to("fork a process"):
@@ -445,22 +397,22 @@ def fork(*ends: int) -> int:
 
 
 def name_process(name: str) -> None:
-    """Have ps(1) and top(1) show NAME: at most 15 bytes (proc(5)).
-
-    No spaces: CPython counts our threads by splitting /proc/self/stat at spaces.
-    """
+    """Have ps(1) show NAME: at most 15 bytes (proc(5)), and no spaces, at which CPython splits /proc/self/stat."""
     with suppress(OSError):
         comm = os.open("/proc/self/comm", os.O_WRONLY)
         os.write(comm, name.encode())
         os.close(comm)
 
 
-def keep_only(*files: int) -> None:
-    """Close every descriptor but standard input, output and error and FILES."""
+def begin_process(name: str, *files: int) -> None:
+    """Make the process that the manager has just forked one of its own, with no descriptors of its but FILES."""
+    os.setpgid(0, 0)
+    name_process(name)
     for file in map(int, os.listdir("/proc/self/fd")):
         if file > 2 and file not in files:
             with suppress(OSError):  # that of the list itself
                 os.close(file)
+    reset_signals()
 
 
 def kill_group(pid: int) -> None:
@@ -472,11 +424,10 @@ def kill_group(pid: int) -> None:
 def cause_of_death(status: int) -> str:
     """Return what a process died of: the name of the signal, or the exit status (waitpid(2))."""
     code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"exit status {code}"
-    with suppress(ValueError):
-        return signal.Signals(-code).name
-    return f"SIGRTMIN+{-code - signal.SIGRTMIN}"
+    try:
+        return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
 
 def wait_for(event: int, file: int, seconds: float | None = None) -> bool:
@@ -528,7 +479,7 @@ class Settings:
     timeout: float = option(10.0, SECONDS, "SECONDS", "for a client's text, and for its reply (default: %)")
     handler_timeout: float = option(30.0, SECONDS, "SECONDS", "for the handler, or its worker is killed (default: %)")
     grace: float = option(30.0, SECONDS, "SECONDS", "for workers to finish at a stop or reload (default: %)")
-    max_text: int = option(2**24, (1, 2**40), "BYTES", "longer texts are refused (default: %)")
+    max_text: int = option(2**24, (1, 2**30), "BYTES", "longer texts are refused (default: %)")
     pid_file: str = option("~/daemontest.pid", NAME, "FILE", "holds the manager's process ID (default: %)")
     log_file: str = option("~/daemontest.log", NAME, "FILE", "the log (default: %; with -f standard error)")
     log: str = option("texts", "texts|requests|life", "WHAT",
@@ -585,9 +536,9 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 def main() -> None:
     """Do what the command line says, here and in every process that is forked meanwhile.
 
-    A process that forks another gets that one's life back in it, and returns it to here; so no child runs on its
-    parent's stack.  What a life registers with atexit runs as in any program; then os._exit(), which was registered
-    first and so is called last, spares the time in which the interpreter would take every module apart.
+    In a process that has just been forked, what forked it returns the new one's life to here; so no child runs on its
+    parent's stack.  At the end of a life the interpreter does what it does for any program; but os._exit(), registered
+    first with atexit and so called last, spares the time in which it would take every module apart.
     """
     open_standard_streams()
     action, file, options = parse_command_line()
@@ -604,8 +555,7 @@ def main() -> None:
     except Exception as why:  # a fault of this program
         log(traced("Process Failed:", why))
         os._exit(1)
-    with suppress(OSError):
-        os.write(2, f"{PROGRAM}: {printable(message)}\n".encode(errors="backslashreplace") if message else b"")
+    log(f"{PROGRAM}: {printable(message)}\n")  # to standard error, or the launcher
     os._exit(exit_status)
 
 
@@ -659,11 +609,7 @@ def say(outcome: str) -> None:
 
 def status(file: str | None, options: dict[str, Any]) -> None:
     """print the process ID of the running service, or exit with 3"""
-    pid_file = pid_file_to_ask(file, options)
-    manager = pid_file.find_manager()
-    if manager is None:
-        raise Failure(f"not running (PID file {pid_file.path})", exit_status=3)
-    say(str(manager[0]))
+    say(str(pid_file_to_ask(file, options).signal_manager(0, exit_status=3)[0]))
 
 
 def terminate(file: str | None, options: dict[str, Any]) -> None:
@@ -719,10 +665,7 @@ def foreground(file: str | None, options: dict[str, Any]) -> Life | None:
 
 
 def start(read: Callable[[], Settings], detach: bool) -> Life | None:
-    """Check, claim, listen, detach; return the manager's life, or the launcher's.
-
-    Raise Failure, and leave nothing behind then.
-    """
+    """Check, claim, listen, detach; return the manager's life, or the launcher's.  Raise Failure, and leave nothing."""
     # Check.
     settings = read()
 
@@ -735,13 +678,15 @@ def start(read: Callable[[], Settings], detach: bool) -> Life | None:
     try:
         # Listen.
         channels = Channels(*open_listener(settings))
-        log_file = open_log(settings.log_file) if settings.log_file else os.dup(2)
+        log_file = open_log(settings.log_file)
 
         # Detach.
         if detach:
             with failing_to("start"):
                 launchers_end, managers_end = socket.socketpair()
                 if os.fork():
+                    managers_end.close()
+                    channels.close()
                     return functools.partial(await_start, launchers_end)
             launchers_end.close()
             os.dup2(managers_end.fileno(), terminal, inheritable=False)
@@ -749,11 +694,12 @@ def start(read: Callable[[], Settings], detach: bool) -> Life | None:
         with failing_to("become a daemon"):
             context = DaemonContext(
                 detach_process=detach, umask=UMASK, pidfile=pid_file, signal_map={},
-                files_preserve=[terminal, log_file, pid_file.lock, *channels.all()])
+                files_preserve=[terminal, log_file, pid_file.lock, *channels.all])
             context.open()
         atexit.unregister(context.close)  # which would remove the PID file at the end of any child
         os.set_inheritable(0, True)  # python-daemon reopens it as non-inheritable; a handler's commands need it
         log_to(log_file)
+        os.close(log_file)
     except BaseException:
         pid_file.release()
         os.dup2(terminal, 2)
@@ -766,10 +712,9 @@ def start(read: Callable[[], Settings], detach: bool) -> Life | None:
 def await_start(manager: socket.socket) -> None:
     """Wait, as the launcher, for the outcome of the start, and print it.  Raise Failure.
 
-    The manager writes the line to be printed and, if it has started, "ready".  If it dies, the connection ends without
-    a line.  While it starts, it stops when the launcher's end of the connection has ended.
+    The manager writes the line to be printed and, if it has started, "ready"; while it starts, it stops when the
+    launcher's end of the connection has ended.
     """
-    keep_only(manager.fileno())  # the ends of channels, above all
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
     try:
         told = manager.recv(65536)
@@ -818,48 +763,35 @@ def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
 
 def somebody_listens(port: int) -> bool:
     """Return whether a socket listens on PORT, by the kernel's tables (proc(5))."""
-    listening = re.compile(rf"\s*\d+: \w+:{port:04X} \w+:0000 0A ")
+    tables = ""
     for name in ("tcp", "tcp6"):
-        with suppress(OSError), open(f"/proc/self/net/{name}") as table:
-            if any(map(listening.match, table)):
-                return True
-    return False
+        with suppress(OSError), open(f"/proc/self/net/{name}") as file:
+            tables += file.read()
+    return bool(re.search(rf": \w+:{port:04X} \w+:0000 0A ", tables))
 
 
 class Channels:
-    """The descriptors by which manager, keeper and workers work together.
+    """The descriptors by which manager, keeper and workers work together.  Only the manager makes them, so they last.
 
-    Most orders are an end-of-file: a process closes its end of a channel, or is killed, and the other side sees it.
-    Only the manager makes channels, so that they, and what is on its way in them, outlive all other processes.
+    Most orders are an end-of-file: a process closes its end, or is killed, and the other side sees it.
     """
 
     def __init__(self, listener: socket.socket, listener_is_ours: bool) -> None:
         listener.setblocking(False)
         self.listener, self.listener_is_ours = listener.detach(), listener_is_ours
         # Clients on their way from the workers to the keeper, and, when their texts are whole, on their way back.
-        self.slow_in, self.slow_out = seqpacket_pair()
-        self.whole_in, self.whole_out = seqpacket_pair()
-        # Nobody ever writes to these.  The first ends when no worker accepts clients any more; the second, of which
-        # the manager alone has the writing end, when the service stops or the manager has been killed.
-        self.accepting_in, self.accepting_out = os.pipe()
-        self.stopping_in, self.stopping_out = os.pipe()
-
-    def of_keeper(self) -> list[int]:
-        return [self.listener, self.slow_in, self.whole_out, self.accepting_in]
-
-    def of_workers(self) -> list[int]:
-        return [self.listener, self.slow_out, self.whole_in, self.accepting_out, self.stopping_in]
-
-    def all(self) -> set[int]:
-        return {*self.of_keeper(), *self.of_workers(), self.stopping_out}
+        slow_in, slow_out = seqpacket_pair()
+        whole_in, whole_out = seqpacket_pair()
+        # Nobody ever writes to this.  It ends when the service stops or the manager, which alone has the writing end,
+        # has been killed.
+        stopping_in, stopping_out = os.pipe()
+        self.of_keeper = self.listener, slow_in, whole_out
+        self.of_workers = self.listener, slow_out, whole_in, stopping_in
+        self.all = {*self.of_keeper, *self.of_workers, stopping_out}
 
     def close(self) -> None:
-        for end in self.all():
+        for end in self.all:
             os.close(end)
-
-    def port(self) -> int:
-        with socket.socket(fileno=os.dup(self.listener)) as listener:
-            return int(listener.getsockname()[1])
 
     def defer_accept(self, seconds: float) -> None:
         """Have the kernel keep silent clients for so long or somewhat longer (tcp(7))."""
@@ -878,94 +810,77 @@ def seqpacket_pair() -> tuple[int, int]:
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
         end.setblocking(False)
+        # The descriptors in flight stay below the limit that a user has at the least, 256 (unix(7), ETOOMANYREFS).
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
     return ends[0].detach(), ends[1].detach()
 
 
-def read_message(end: int) -> str:
-    """Return the next message from END; nothing if none has come, or none can come any more."""
-    with suppress(BlockingIOError, ConnectionResetError):
-        return os.read(end, 65536).decode(errors="replace")
-    return ""
+def send_message(end: int, message: str, files: Sequence[int] = ()) -> None:
+    """Send MESSAGE, and copies of the descriptors FILES, to another process, which may be gone."""
+    with suppress(OSError), socket.socket(fileno=os.dup(end)) as channel:
+        socket.send_fds(channel, [message.encode(errors="backslashreplace")], files)
 
 
-def send_files(end: int, files: list[int]) -> None:
-    """Send copies of the descriptors FILES.  Raise OSError."""
-    with socket.socket(fileno=os.dup(end)) as channel:
-        socket.send_fds(channel, [b"files"], files)
-
-
-def receive_files(end: int) -> list[int]:
-    """Return the descriptors that the next message from END brings; none at its end."""
-    with suppress(ConnectionResetError), socket.socket(fileno=os.dup(end)) as channel:
+def receive_message(end: int) -> tuple[str, list[int]]:
+    """Return the next message and its descriptors; nothing if none has come, or none can come any more."""
+    with suppress(BlockingIOError, ConnectionResetError), socket.socket(fileno=os.dup(end)) as channel:
         # socket.recv_fds() forgets its flags.
-        _, ancillary, _, _ = channel.recvmsg(10, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
-        return [file for _, _, files in ancillary for file in array.array("i", files)]
-    return []
+        message, ancillary, _, _ = channel.recvmsg(65536, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
+        return message.decode(errors="replace"), [file for _, _, data in ancillary for file in array.array("i", data)]
+    return "", []
 
 
 # ---- Manager ------------------------------------------------------------------------
 
 RESPAWN_DELAY = 1.0  # s until what died is forked again
+TICK = 0.05  # s between two looks at what is due, while something is
 MARGIN = 2.0  # s after the grace in which keeper and generation can exit by themselves
-TICK = 0.02  # s between two looks at what tells us of no change
 
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
 
 
-class Scoreboard:
-    """Numbers in memory that a generation, its workers and the manager share; one process writes each at a time."""
+# What the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at END_BY it is
+# killed.
+STATE, PID, CALLED, SERVED, END_BY = range(5)
+# Its STATE: ENDING accepts no more, but has its handler or exit functions to finish; of ENDED nothing is left but to
+# reap it.
+VACANT, STARTING, SERVING, ENDING, ENDED = range(5)
 
-    STATE, PID, CALLED, SERVED = range(4)  # CALLED is when the handler was called (time.monotonic()), or 0
-    # The STATE of a worker.  One that is ENDING accepts no more, but has its handler to finish, or exit functions; of
-    # one that has ENDED nothing is left but to reap it.
-    VACANT, STARTING, SERVING, ENDING, ENDED = range(5)
 
-    def __init__(self, workers: int) -> None:
-        line = 8  # numbers, a line of the processor's cache, so that no two processes write to the same
-        numbers = shared_numbers(line * (2 * workers + 1))
-        self.workers = workers
-        self.head, *self.slots = (numbers[start:start + line] for start in range(0, len(numbers), line))
-        self.allow(2)
 
-    def allow(self, times: int) -> None:
-        """Allow TIMES the number of workers: 2, as many that end as others; 1, while the next generation starts."""
-        self.head[0] = times * self.workers
+def new_scoreboard(workers: int) -> list[memoryview[float]]:
+    """Return slots in memory that a generation, its workers and the manager share: for those that serve and that end."""
+    line = 8  # numbers, a line of the processor's cache, so that no two processes write to the same
+    numbers = shared_numbers(line * 2 * workers)
+    return [numbers[start:start + line] for start in range(0, len(numbers), line)]
 
-    def count(self, *states: int) -> int:
-        return sum(slot[self.STATE] in states for slot in self.slots)
 
-    def room(self) -> int:
-        """Return how many more workers may be forked."""
-        return int(self.head[0]) - len(self.slots) + self.count(self.VACANT)
-
-    def may_end(self) -> bool:
-        """Return whether one more worker may end, rather than go on until others have exited."""
-        return self.count(self.ENDING) < self.head[0] - self.workers
+def in_state(slots: list[memoryview[float]], *states: int) -> list[memoryview[float]]:
+    return [slot for slot in slots if slot[STATE] in states]
 
 
 class Generation:
     """What the manager knows of a generation."""
 
-    def __init__(self, number: int, settings: Settings, log_file: int, asked_for: bool) -> None:
+    def __init__(self, number: int, settings: Settings, asked_for: bool) -> None:
         self.number, self.settings = number, settings
-        self.log_file = log_file  # of a reload: the log, opened anew; or -1
         self.asked_for = asked_for  # by a reload whose outcome is not told yet
-        self.board = Scoreboard(settings.workers)
+        self.log_file = open_log(settings.log_file)  # anew, so that logrotate works
+        self.board = new_scoreboard(settings.workers)
         self.channel, self.generations_end = seqpacket_pair()
         self.pid = 0
         self.state = State.LOADING
         self.since = 0.0  # when its workers were up (time.time())
-        self.imported = False  # and waits for the descriptors of the workers
-        self.note = ""  # why its successor failed
+        self.note = ""  # on the failure of its successor
         self.kill_at = math.inf
 
     def close(self) -> None:
-        """Close the manager's descriptors.  For the generation that is the order to stop."""
-        for file in (self.channel, self.log_file):
-            if file != -1:
-                os.close(file)
-        self.channel = self.log_file = -1
+        """Close the manager's end of the channel: the order to stop."""
+        if self.channel != -1:
+            os.close(self.channel)
+            os.close(self.log_file)
+        self.channel = -1
 
 
 class KeeperRecord:
@@ -974,7 +889,7 @@ class KeeperRecord:
     def __init__(self) -> None:
         self.pid = 0
         self.orders = -1  # by which it gets the log of a reload; the end of it is the order to stop
-        self.numbers = shared_numbers(6)
+        self.numbers = shared_numbers(5)
         self.not_before = 0.0  # when the next one may be forked
         self.kill_at = math.inf
 
@@ -1018,31 +933,29 @@ class Manager:
         handle_signals(do_nothing, MANAGER_SIGNALS)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         gc.freeze()  # a collection would touch, and so copy, memory that all processes share
-        try:
-            while self.phase is not Phase.STOPPING or self.generations or self.keeper.pid:
-                self.announce()
-                if child := self.fork_missing():
-                    return child
+        while self.phase is not Phase.STOPPING or self.generations or self.keeper.pid:
+            self.announce()
+            if child := self.fork_missing():
+                return child
 
-                signals = self.signals.wait(self.time_to_wait(), *self.talking())
+            talking = [generation.channel for generation in self.in_state(State.LOADING)]
+            signals = self.signals.wait(None if self.phase is Phase.SERVING and self.keeper.pid else TICK,
+                                        *talking, *([self.terminal] if self.has_launcher else []))
 
-                self.read_messages()
-                self.reap()
-                self.kill_overdue()
-                for signum in signals:
-                    match signum:
-                        case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT:
-                            name = signal.Signals(signum).name
-                            log(record("*", f"Caught {name}"))
-                            self.stop(f"cannot start: caught {name}" if self.has_launcher else "")
-                        case signal.SIGHUP:
-                            log(record("*", "Caught SIGHUP"))
-                            self.reload()
-                        case signal.SIGUSR1:
-                            self.log_status()
-        except Exception as why:  # a fault of this program; processes whose manager is gone stop by themselves
-            log(traced("Manager Failed:", why))
-            self.stop(f"the manager failed: {type(why).__name__}: {why}")
+            self.read_messages()
+            self.reap()
+            self.kill_overdue()
+            for signum in signals:
+                match signum:
+                    case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT:
+                        name = signal.Signals(signum).name
+                        log(record("*", f"Caught {name}"))
+                        self.stop(f"cannot start: caught {name}" if self.has_launcher else "")
+                    case signal.SIGHUP:
+                        log(record("*", "Caught SIGHUP"))
+                        self.reload()
+                    case signal.SIGUSR1:
+                        self.log_status()
 
         # However the service ends, this is where the PID file goes: when nobody listens any more.
         self.pid_file.release()
@@ -1054,8 +967,6 @@ class Manager:
 
     def in_state(self, state: State) -> list[Generation]:
         return [generation for generation in self.generations if generation.state is state]
-
-    # -- what the loop does when all is well --
 
     def announce(self) -> None:
         """Tell all who wait when one generation serves, and no other is left."""
@@ -1069,12 +980,12 @@ class Manager:
                     f"READY=1\nMAINPID={os.getpid()}\n")
         if serving.asked_for:
             serving.asked_for = False
-            self.pid_file.end_reload("ok")
+            self.pid_file.tell_reload("ok")
         if self.has_launcher:
             self.has_launcher = False
-            port = self.settings.port if self.channels.listener_is_ours else self.channels.port()
-            with suppress(OSError):  # the launcher is gone; a service that answers is no reason to stop
-                os.write(self.terminal, f"{os.getpid()} started, {workers} workers on port {port}\nready".encode())
+            told = f"{os.getpid()} started, {workers} workers on port {self.settings.port}\nready"
+            with suppress(OSError):  # the launcher has just gone; the service serves
+                os.write(self.terminal, told.encode())
             os.dup2(2, self.terminal, inheritable=False)
         self.phase = Phase.SERVING
 
@@ -1091,7 +1002,7 @@ class Manager:
             if asked_for:
                 return self.begin_reload()
             if not self.in_state(State.SERVING) and now >= self.not_before:
-                return self.fork_generation(self.settings, -1, False)
+                return self.fork_generation(self.settings, asked_for=False)
         except Failure as why:
             self.loading_failed(str(why), asked_for)
         return None
@@ -1101,7 +1012,7 @@ class Manager:
         keeper.not_before = time.monotonic() + RESPAWN_DELAY
         keeper.orders, keepers_end = seqpacket_pair()
         Keeper.configure(keeper.numbers, self.settings)
-        keeper.pid = fork(keeper.orders, keepers_end)
+        keeper.pid = fork(MANAGER_SIGNALS, keeper.orders, keepers_end)
         if not keeper.pid:
             return lambda: Keeper(channels, keepers_end, keeper.numbers).run()
         os.close(keepers_end)
@@ -1112,23 +1023,20 @@ class Manager:
         self.reload_wanted = False
         if self.phase is Phase.SERVING:
             self.phase = Phase.CHANGING
-        self.pid_file.begin_reload()
+        self.pid_file.tell_reload()
         now = time.monotonic_ns() // 1000
         self.notify(f"loading generation {self.born + 1}", f"RELOADING=1\nMONOTONIC_USEC={now}\n")
         new, running = self.read(), self.settings
         fixed = {key: getattr(running, key) for key in FIXED if getattr(new, key) != getattr(running, key)}
-        if bool(new.log_file) != bool(running.log_file):  # whether there is one is decided at the start
-            fixed["log_file"] = running.log_file
         if fixed:
             log(record("*", f"Needs a Restart: {', '.join(fixed)}"))
-        new = replace(new, **fixed)
-        return self.fork_generation(new, open_log(new.log_file) if new.log_file else -1, True)
+        return self.fork_generation(replace(new, **fixed), asked_for=True)
 
-    def fork_generation(self, settings: Settings, log_file: int, asked_for: bool) -> Life | None:
+    def fork_generation(self, settings: Settings, asked_for: bool) -> Life | None:
         log(record("*", f"Manager Process ID: {os.getpid()}"))
         self.born += 1
-        generation = Generation(self.born, settings, log_file, asked_for)
-        generation.pid = fork(generation.channel, generation.generations_end)
+        generation = Generation(self.born, settings, asked_for)
+        generation.pid = fork(MANAGER_SIGNALS, generation.channel, generation.generations_end)
         if not generation.pid:
             return lambda: Supervisor(generation).run()
         os.close(generation.generations_end)
@@ -1137,78 +1045,48 @@ class Manager:
         self.generations.append(generation)
         return None
 
-    def time_to_wait(self) -> float | None:
-        """Return the seconds until something is due; None if nothing is."""
-        now = time.monotonic()
-        due = [self.keeper.kill_at, *(generation.kill_at for generation in self.generations)]
-        if not self.keeper.pid and self.phase is not Phase.STOPPING:
-            due.append(self.keeper.not_before)
-        if not self.generations:
-            due.append(self.not_before)
-        if any(generation.imported for generation in self.generations):
-            due.append(now + TICK)
-        return None if min(due) == math.inf else max(0.0, min(due) - now)
-
-    def talking(self) -> list[int]:
-        """Return the descriptors of those that may have something to say."""
-        files = [generation.channel for generation in self.in_state(State.LOADING)]
-        return [*files, self.terminal] if self.has_launcher else files
-
-    # -- what comes from others --
-
     def read_messages(self) -> None:
         if self.has_launcher and readable(self.terminal, 0):
             self.stop("interrupted")
         for generation in self.in_state(State.LOADING):
-            message, _, why = read_message(generation.channel).partition(" ")
+            message, _, why = receive_message(generation.channel)[0].partition(" ")
             match message:
                 case "imported":
-                    generation.imported = True
-                    for serving in self.in_state(State.SERVING):
-                        serving.board.allow(1)
+                    send_message(generation.channel, "begin", self.channels.of_workers)
                 case "up":
                     self.take_over(generation)
                 case "failed":
                     self.kill(generation)
                     self.loading_failed(why, generation.asked_for)
-            if generation.imported and all(last.board.room() >= 0 for last in self.in_state(State.SERVING)):
-                generation.imported = False
-                with suppress(OSError):  # it has died
-                    send_files(generation.channel, self.channels.of_workers())
 
     def take_over(self, generation: Generation) -> None:
         """Let GENERATION, which is up, be the one that serves."""
         for last in self.in_state(State.SERVING):
             last.state, last.kill_at = State.LEAVING, time.monotonic() + last.settings.grace + MARGIN
-            with suppress(OSError):  # it has died
-                os.write(last.channel, b"drain")
+            send_message(last.channel, "drain")
         generation.state, generation.since = State.SERVING, time.time()
         self.settings = generation.settings
-        if generation.log_file != -1:
-            log_to(generation.log_file)
-            generation.log_file = -1
+        log_to(generation.log_file)
         Keeper.configure(self.keeper.numbers, self.settings)
         if self.keeper.pid:
-            with suppress(OSError):  # it has died
-                send_files(self.keeper.orders, [2])
+            send_message(self.keeper.orders, "log", [2])
         self.channels.defer_accept(self.settings.timeout)
 
     def loading_failed(self, why: str, asked_for: bool) -> None:
         """Tell whoever is concerned WHY the last generation did not come up."""
-        why, serving = printable(why), self.in_state(State.SERVING)
-        for generation in serving:
-            generation.board.allow(2)
-            generation.note = f"; generation {self.born} failed: {why}"
+        shown = printable(why)
         if self.phase is Phase.STARTING:
-            log(record("*", f"Start Failed: {why}"))
+            log(record("*", f"Start Failed: {shown}"))
             self.stop(why)
         elif asked_for:
-            log(record("*", f"Reload Failed: {why} (nothing changed)"))
-            self.pid_file.end_reload(why)
+            log(record("*", f"Reload Failed: {shown} (nothing changed)"))
+            self.pid_file.tell_reload(why)
         else:
-            log(record("*", f"Generation Failed: {why}"))
-        if not serving and self.phase is not Phase.STOPPING:
-            self.notify(f"generation {self.born} failed: {why}")
+            log(record("*", f"Generation Failed: {shown}"))
+        for serving in self.in_state(State.SERVING):
+            serving.note = f"; generation {self.born} failed: {shown}"
+        if self.phase is not Phase.STOPPING and not self.in_state(State.SERVING):
+            self.notify(f"generation {self.born} failed: {shown}")
             self.not_before = time.monotonic() + RESPAWN_DELAY
 
     def reap(self) -> None:
@@ -1224,8 +1102,9 @@ class Manager:
     def reap_keeper(self, status: int) -> None:
         keeper = self.keeper
         if status or self.phase is not Phase.STOPPING:
-            lost = f"{cause_of_death(status)}; {keeper.numbers[Keeper.CLIENTS]:.0f} clients lost"
-            log(record("*", f"Keeper Process Died. ({lost})", keeper.pid))
+            late = time.monotonic() >= keeper.kill_at
+            end = "Killed. (still running after the grace" if late else f"Died. ({cause_of_death(status)}"
+            log(record("*", f"Keeper Process {end}; {keeper.numbers[Keeper.CLIENTS]:.0f} clients lost)", keeper.pid))
         if self.phase is not Phase.STOPPING:
             os.close(keeper.orders)
         keeper.pid, keeper.kill_at = 0, math.inf
@@ -1249,7 +1128,7 @@ class Manager:
 
     def kill(self, generation: Generation) -> None:
         """Kill a generation that is loading, with all that its module has started: there is nothing in it to save."""
-        generation.state, generation.imported = State.LEAVING, False
+        generation.state = State.LEAVING
         kill_group(generation.pid)
 
     def kill_overdue(self) -> None:
@@ -1257,8 +1136,6 @@ class Manager:
         for process in processes:
             if time.monotonic() >= process.kill_at:
                 kill_group(process.pid)
-
-    # -- what signals mean --
 
     def stop(self, failure: str = "") -> None:
         """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
@@ -1294,10 +1171,10 @@ class Manager:
             since = time.strftime(" since %FT%T", time.localtime(generation.since)) if generation.since else ""
             log(record("*", f"Status: generation {generation.number}, {generation.state.name.lower()}{since}, "
                             f"{generation.settings.workers} workers", generation.pid))
-            for state, pid, called, served, *_ in generation.board.slots:
-                if state != Scoreboard.VACANT and pid:
+            for state, pid, called, served, *_ in generation.board:
+                if state != VACANT and pid:
                     handler = f"handler running for {now - called:.1f} s" if called else "handler idle"
-                    ending = ", ending" if state >= Scoreboard.ENDING else ""
+                    ending = ", ending" if state >= ENDING else ""
                     log(record("*", f"Status: worker with {served:.0f} texts served, {handler}{ending}", int(pid)))
 
     def notify(self, status: str, state: str = "") -> None:
@@ -1315,15 +1192,10 @@ class Manager:
 # ---- Clients ------------------------------------------------------------------------
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
-RECEIVE_BYTES = 65536  # at once
-INLINE_BYTES = 8192  # of a client's data in a message; more goes into a memfd
+RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
+INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
-FULL = {errno.EAGAIN, errno.ETOOMANYREFS}  # the latter: too many descriptors are in flight (unix(7))
 HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
-
-
-class Refused(Exception):
-    """Why a client's text gets no answer; the client is told."""
 
 
 class Client:
@@ -1331,17 +1203,15 @@ class Client:
 
     __slots__ = ("connection", "conversation", "data", "events", "half_closed", "held", "is_reply", "memfd", "name",
                  "reads_until", "until")
-    # The keeper's: its conversation, what that waits for, until when, and how many bytes it holds meanwhile.
-    conversation: Iterator[Wait] | None
-    events: int
-    until: float
-    held: int
-    reads_until: float  # for so long a client that reads its reply is not dropped
 
     def __init__(self, connection: socket.SocketType, name: str, half_closed: bool = False, is_reply: bool = False,
                  data: Any = b"", memfd: int = -1) -> None:
         self.connection, self.name, self.half_closed = connection, name, half_closed
         self.is_reply, self.data, self.memfd = is_reply, data, memfd
+        # The keeper's: its conversation, what that waits for and until when, the bytes it holds meanwhile; and until when
+        # it is not dropped, since it reads its reply.
+        self.conversation: Iterator[Wait] | None = None
+        self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
 
     def send(self, channel: socket.socket) -> None:
         """Send this client through CHANNEL to another process.  Raise BlockingIOError if it is full, or OSError."""
@@ -1415,11 +1285,12 @@ def refuse(client: Client, reason: str) -> None:
 
 # ---- Keeper -------------------------------------------------------------------------
 
-FAIR_SHARE = 2**20  # bytes of one text after which other clients have their turn
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
 SPARE_DESCRIPTORS = 32
 LINGER = 1.0  # s of silence after which a client that has its reply, but keeps its side open, is left
-LAST_CALL = 0.5  # s after which, at a stop, no worker that accepts is waited for: it must be running its handler
+# s after which, at a stop, workers bring no more texts that are not whole: they accept no more, and pass a client on
+# within milliseconds.  On a machine that does not run a worker for longer its client is dropped.
+LAST_CALL = 0.1
 
 Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a worker), until when, and the bytes held
 
@@ -1428,14 +1299,12 @@ class Keeper:
     """The process that keeps every client which would make a worker wait, and passes whole texts to the workers.
 
     Discussion.  A conversation is a generator that reads from top to bottom; where it would block, it yields what it
-    waits for, and the loop goes on with other clients.  The keeper itself never blocks, so a worker may block for a
-    moment when it passes a client on.  It runs nobody else's code, so it stays while generations come and go.
-
-    At a stop it shuts down its end of the channel to the workers as soon as no text can become whole any more; the
-    workers leave at that end-of-file, and theirs tells the keeper that no more replies come.
+    waits for, and the loop goes on with other clients.  At a stop the keeper shuts down its end of the channel to the
+    workers as soon as no text can become whole any more; they leave at that end-of-file, and theirs tells the keeper that
+    no more replies come.
     """
 
-    CLIENTS, BYTES, FILES, TIMEOUT, MAX_TEXT, GRACE = range(6)  # numbers that it shares with the manager
+    CLIENTS, BYTES, TIMEOUT, MAX_TEXT, GRACE = range(5)  # numbers that it shares with the manager
 
     @classmethod
     def configure(cls, numbers: memoryview[float], settings: Settings) -> None:
@@ -1444,41 +1313,34 @@ class Keeper:
 
     def __init__(self, channels: Channels, orders: int, numbers: memoryview[float]) -> None:
         """Be the keeper, in a process that the manager has just forked."""
-        os.setpgid(0, 0)
-        keep_only(orders, *channels.of_keeper())
-        name_process("daemontest-keep")
-        reset_signals()
+        begin_process("daemontest-keep", orders, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        self.most_files = max(limit - SPARE_DESCRIPTORS, limit // 2)
+        self.most_clients = max(limit - SPARE_DESCRIPTORS, limit // 2)
         self.channels, self.orders, self.numbers = channels, orders, numbers
-        numbers[self.CLIENTS] = numbers[self.BYTES] = numbers[self.FILES] = 0
-        self.from_workers = socket.socket(fileno=channels.slow_in)
-        self.to_workers = socket.socket(fileno=channels.whole_out)
+        numbers[self.CLIENTS] = numbers[self.BYTES] = 0
+        self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
         self.poller = select.epoll()
         self.clients: dict[int, Client] = {}  # by descriptor, those held longest first
         self.texts: deque[Client] = deque()  # whole ones that wait for a worker
         self.look_at = math.inf  # when some client may be late
         self.stopped_at = math.inf
-        self.accepting = self.connected = True  # whether workers may bring new clients, or anything
+        self.connected = True  # whether there are workers
 
     def run(self) -> None:
         log(record("*", "Keeper Process Started."))
-        for file in (self.from_workers.fileno(), self.orders, self.channels.accepting_in):
+        for file in (self.from_workers.fileno(), self.orders):
             self.poller.register(file, IN)
         self.poller.register(self.to_workers, select.EPOLLONESHOT)
         while not self.finished():
-            due = min(self.look_at, self.stopped_at + LAST_CALL if self.accepting else math.inf)
-            for file, _ in self.poller.poll(None if due == math.inf else max(0.0, due - time.monotonic())):
+            look_in = max(0.0, self.look_at - time.monotonic()) if self.stopped_at == math.inf else TICK
+            for file, _ in self.poller.poll(None if look_in == math.inf else look_in):
                 if client := self.clients.get(file):
                     self.advance(client)
                 elif file == self.orders:
                     self.read_orders()
-                elif file in (self.from_workers.fileno(), self.channels.accepting_in):
+                elif file == self.from_workers.fileno():
                     self.take_clients()
-                    if file == self.channels.accepting_in:
-                        self.poller.unregister(file)
-                        self.accepting = False
             self.advance_late()
             self.pass_texts_on()
         log(record("*", "Keeper Process Ended."))
@@ -1491,17 +1353,13 @@ class Keeper:
         """Return whether the service stops and no client is left; tell the workers when no more texts come."""
         if self.stopped_at == math.inf:
             return False
-        if time.monotonic() >= self.stopped_at + LAST_CALL:
-            self.accepting = False
-        if not self.accepting and all(client.is_reply for client in self.clients.values()):
+        if time.monotonic() >= self.stopped_at + LAST_CALL and all(client.is_reply for client in self.clients.values()):
             with suppress(OSError):  # the workers are gone
                 self.to_workers.shutdown(socket.SHUT_WR)
         if not self.connected:
             for client in [client for client in self.clients.values() if not client.is_reply]:
                 self.drop(client, "the service stops")
         return not self.connected and not self.clients
-
-    # -- what comes --
 
     def take_clients(self) -> None:
         """Take those that workers pass on, all that have come by now."""
@@ -1510,8 +1368,9 @@ class Keeper:
                 client = Client.receive(self.from_workers)
             except BlockingIOError:
                 return
-            except OSError as why:
+            except OSError as why:  # for want of descriptors, since long replies take one more
                 log(record("-", f"Client Lost: {why.strerror}."))
+                self.drop(next(iter(self.clients.values())), "too many clients")
                 continue
             if not client:
                 self.poller.unregister(self.from_workers)
@@ -1519,17 +1378,17 @@ class Keeper:
                 return
             self.clients[client.connection.fileno()] = client
             self.numbers[self.CLIENTS] += 1
-            self.numbers[self.FILES] += 1 if client.memfd == -1 else 2
-            client.events, client.held, client.until, client.reads_until = 0, 0, math.inf, 0.0
             client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
             self.advance(client)
-            if self.numbers[self.FILES] > self.most_files:
+            if len(self.clients) > self.most_clients:
                 self.drop(next(iter(self.clients.values())), "too many clients")
 
     def read_orders(self) -> None:
         """Take the log of the generation that now serves; the end of the orders is the order to stop."""
-        if files := receive_files(self.orders):
+        _, files = receive_message(self.orders)
+        if files:
             log_to(files[0])
+            os.close(files[0])
             return
         self.poller.unregister(self.orders)
         self.stopped_at = time.monotonic()
@@ -1538,36 +1397,30 @@ class Keeper:
             if client.events:
                 self.advance(client)
 
-    # -- conversations --
-
     def receive(self, client: Client) -> Iterator[Wait]:
         """Receive the rest of a text, and have it wait for a worker; or refuse it."""
         silent_since = time.monotonic()
         until, text = silent_since + self.numbers[self.TIMEOUT], bytearray()
         try:
             text = client.take_data()
+            if len(text) > self.numbers[self.MAX_TEXT]:
+                raise Failure(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
             while True:
-                if len(text) > self.numbers[self.MAX_TEXT]:
-                    raise Refused(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
                 yield IN, min(until, self.end_by(), silent_since + silence_allowed(text)), len(text)
-                before, piece = len(text), receive(client.connection)
-                while piece and len(text) < before + FAIR_SHARE:
+                while piece := receive(client.connection):
                     text += piece
-                    piece = receive(client.connection)
-                text += piece or b""
+                    silent_since = time.monotonic()
+                    if len(text) > self.numbers[self.MAX_TEXT]:
+                        raise Failure(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
                 now = time.monotonic()
-                if len(text) > before:
-                    silent_since = now
-                if piece == b"":
-                    client.half_closed = True
+                client.half_closed = piece is not None
+                if client.half_closed or now >= silent_since + silence_allowed(text):
                     break
-                if piece is None and now >= silent_since + silence_allowed(text):
-                    break
-                if piece is None and not text and now >= min(until, self.stopped_at):
+                if not text and now >= min(until, self.stopped_at):
                     return
-                if piece is None and now >= min(until, self.end_by()):
-                    raise Refused(f"text not ended within {self.numbers[self.TIMEOUT]:g} s")
-        except (Refused, MemoryError) as why:
+                if now >= min(until, self.end_by()):
+                    raise Failure(f"text not ended within {self.numbers[self.TIMEOUT]:g} s")
+        except (Failure, MemoryError) as why:
             text.clear()
             refuse(client, str(why) or "not enough memory")
             yield from self.deliver(client)
@@ -1610,8 +1463,6 @@ class Keeper:
         except OSError as why:
             log(record("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}."))
 
-    # -- the clients --
-
     def advance(self, client: Client) -> None:
         """Let the client's conversation go on until it waits again, or ends."""
         try:
@@ -1627,18 +1478,13 @@ class Keeper:
         self.look_at = min(self.look_at, client.until)
         self.numbers[self.BYTES] += held - client.held
         client.held = held
-        if self.numbers[self.BYTES] > TEXTS_HELD * self.numbers[self.MAX_TEXT]:
-            self.drop_bytes(client)
+        self.drop_bytes()
 
     def watch(self, client: Client, events: int) -> None:
-        if events == client.events:
-            return
-        if not client.events:
-            self.poller.register(client.connection, events)
-        elif events:
-            self.poller.modify(client.connection, events)
-        else:
+        if client.events and client.events != events:
             self.poller.unregister(client.connection)  # closing is not enough while a message holds it open
+        if events and client.events != events:
+            self.poller.register(client.connection, events)
         client.events = events
 
     def advance_late(self) -> None:
@@ -1647,6 +1493,7 @@ class Keeper:
         if now >= self.look_at:
             for client in [client for client in self.clients.values() if client.until <= now]:
                 self.advance(client)
+            self.drop_bytes()
             self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
 
     def pass_texts_on(self) -> None:
@@ -1657,20 +1504,22 @@ class Keeper:
                 if client.conversation:  # it has not been dropped meanwhile
                     client.send(self.to_workers)
                     self.close(client)
+            except BlockingIOError:
+                self.poller.modify(self.to_workers, OUT | select.EPOLLONESHOT)
+                return
             except OSError as why:
-                if why.errno in FULL:
-                    self.poller.modify(self.to_workers, OUT | select.EPOLLONESHOT)
-                    return
                 self.drop(client, why.strerror or str(why))
             self.texts.popleft()
 
-    def drop_bytes(self, newest: Client) -> None:
-        """Drop the clients held longest until not too many bytes are held, but none that is reading its reply."""
-        for client in list(self.clients.values()):
-            if self.numbers[self.BYTES] <= TEXTS_HELD * self.numbers[self.MAX_TEXT]:
-                break
-            if client.held and client is not newest and time.monotonic() > client.reads_until:
+    def drop_bytes(self) -> None:
+        """Drop the clients held longest until not too many bytes are held; but neither the newest, nor one that reads."""
+        most, now = TEXTS_HELD * self.numbers[self.MAX_TEXT], time.monotonic()
+        if self.numbers[self.BYTES] <= most:
+            return
+        for client in list(self.clients.values())[:-1]:
+            if client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
                 self.drop(client, "too many bytes")
+        self.look_at = min(self.look_at, now + 1.0)
 
     def drop(self, client: Client, why: str) -> None:
         log(record("-", f"Client: {client.name}; Dropped: {why}."))
@@ -1680,7 +1529,6 @@ class Keeper:
         self.watch(client, 0)
         self.numbers[self.CLIENTS] -= 1
         self.numbers[self.BYTES] -= client.held
-        self.numbers[self.FILES] -= 1 if client.memfd == -1 else 2
         client.conversation = None
         del self.clients[client.connection.fileno()]
         client.close()
@@ -1727,8 +1575,6 @@ def not_loaded(settings: Settings, why: str) -> str:
 def place_of(why: BaseException, directory: str) -> str:
     """Return the file and line of the module's own code where WHY came up, as far as there are."""
     places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(why.__traceback__)]
-    if isinstance(why, SyntaxError) and why.filename:
-        places.append((why.filename, why.lineno or 0))
     own = [place for place in places if place[0].startswith(directory) and "/site-packages/" not in place[0]]
     return " ({}, line {})".format(*own[-1]) if own and own[-1][0] != __file__ else ""
 
@@ -1739,11 +1585,10 @@ def fault_of(handler: Any) -> str:
         return "is not there"
     if isinstance(handler, type) or not callable(handler):
         return "is not a function"
-    for function in (handler, type(handler).__call__):
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            return "is async"
-        if inspect.isgeneratorfunction(function):
-            return "is a generator function"
+    for fault, test in (("is async", inspect.iscoroutinefunction), ("is async", inspect.isasyncgenfunction),
+                        ("is a generator function", inspect.isgeneratorfunction)):
+        if test(handler) or test(type(handler).__call__):
+            return fault
     try:
         inspect.signature(handler).bind("")
     except TypeError:
@@ -1753,29 +1598,17 @@ def fault_of(handler: Any) -> str:
     return ""
 
 
-class Child:
-    """What a generation knows of one of its workers."""
-
-    def __init__(self, slot: memoryview[float]) -> None:
-        self.slot = slot
-        self.end_by = math.inf
-        self.killed = False
-
-
 class Supervisor:
     """A generation's own process: it imports the handler, and keeps the number of its workers."""
 
     def __init__(self, generation: Generation) -> None:
         """Be a generation, in a process that the manager has just forked."""
-        os.setpgid(0, 0)
-        keep_only(generation.generations_end, generation.log_file)
-        name_process("daemontest-gen")
-        reset_signals()
+        begin_process("daemontest-gen", generation.generations_end, generation.log_file)
         self.settings, self.board, self.channel = generation.settings, generation.board, generation.generations_end
-        self.log_file = generation.log_file
-        self.channels: list[int] = []  # those of workers
-        self.children: dict[int, Child] = {}
+        self.log_file, self.printed = generation.log_file, Printed()
+        self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
+        self.worker: Worker | None = None  # in a worker: what it is
         self.up = False  # once all workers have served
         self.draining = False
         self.drain_by = math.inf
@@ -1783,24 +1616,25 @@ class Supervisor:
     def run(self) -> Life | None:
         """Load the handler, keep workers until told to drain or to stop; in a worker just forked, return its life."""
         log(record("*", "Loading configuration."))
-        PRINTED.renew()
+        self.printed.renew()
         atexit.register(write_files)
         try:
             self.handler = load_handler(self.settings)
         except Failure as why:
-            PRINTED.end_line()
+            self.printed.end_line()
             log(traced("Handler Not Loaded:", why.__cause__ or why))
-            self.tell(f"failed {why}")
+            send_message(self.channel, f"failed {why}")
             os._exit(1)
         self.prepare_for_workers()
         while self.children or not self.draining:
             if child := self.spawn_missing():
                 return child
-            if not self.up and self.board.count(Scoreboard.SERVING, Scoreboard.ENDING) >= self.settings.workers:
+            if not self.up and len(in_state(self.board, SERVING, ENDING)) >= self.settings.workers:
                 self.up = True
-                self.tell("up")
+                send_message(self.channel, "up")
 
-            self.signals.wait(self.time_to_wait(), *([self.channel] if self.channel != -1 else []))
+            steady = self.up and not (self.draining or self.vacant_until or in_state(self.board, ENDING))
+            self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
 
             self.read_orders()
             self.reap()
@@ -1813,48 +1647,51 @@ class Supervisor:
         signal.setitimer(signal.ITIMER_REAL, 0)
         reset_signals()
         handle_signals(do_nothing, {signal.SIGCHLD})
+        handle_signals(self.catch, {signal.SIGTERM})
         self.signals = Signals()
-        PRINTED.end_line()
-        self.tell("imported")
+        self.printed.end_line()
+        send_message(self.channel, "imported")
         readable(self.channel)
-        self.channels = receive_files(self.channel)
-        if not self.channels:
+        _, files = receive_message(self.channel)
+        if not files:
             os._exit(0)  # the manager is gone
+        # Made here, once for all workers.
+        self.sockets = [socket.socket(fileno=file) for file in files[:3]]
+        self.sockets[1].settimeout(PATIENCE)
+        self.kind = self.sockets[0].family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
+        self.stopping = files[3]
         self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
-        if self.log_file != -1:
-            log_to(self.log_file)
+        log_to(self.log_file)
         BUFFERED.extend(buffered_files())
         write_files(at_end=False)  # now, and not once more by every worker
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
-    def tell(self, message: str) -> None:
-        with suppress(OSError):  # the manager is gone
-            os.write(self.channel, message.encode(errors="backslashreplace"))
+    def catch(self, *_: object) -> None:
+        """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
+        if self.worker:
+            self.worker.leaving = True
+            self.worker.slot[STATE] = ENDING
+            self.worker.wake_generation()
 
     def spawn_missing(self) -> Life | None:
         """Fork workers for those that are missing, as far as there is room for them."""
-        now, board = time.monotonic(), self.board
+        now = time.monotonic()
         self.vacant_until = [until for until in self.vacant_until if until > now]
-        missing = self.settings.workers - len(self.vacant_until) - board.count(board.STARTING, board.SERVING)
-        for _ in range(0 if self.draining else min(missing, board.room())):
-            slot = next(slot for slot in board.slots if slot[board.STATE] == board.VACANT)
-            slot[board.STATE], slot[board.PID], slot[board.CALLED], slot[board.SERVED] = board.STARTING, 0, 0, 0
+        missing = self.settings.workers - len(self.vacant_until) - len(in_state(self.board, STARTING, SERVING))
+        for slot in in_state(self.board, VACANT)[:0 if self.draining else max(0, missing)]:
+            slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = STARTING, 0, 0, 0, math.inf
             try:
-                pid = fork()
+                pid = fork({signal.SIGTERM})
             except Failure as why:
-                slot[board.STATE] = board.VACANT
+                slot[STATE] = VACANT
                 self.vacant_until += [now + RESPAWN_DELAY] * missing
-                log(record("*", f"Cannot Fork: {why}"))
-                self.tell(f"failed {why}")
+                log(record("*", f"Cannot Fork: {str(why).partition(': ')[2]}"))
+                send_message(self.channel, f"failed {why}")
                 break
             if not pid:
                 return lambda: Worker(self, slot).run()
-            self.children[pid] = Child(slot)
+            self.children[pid] = slot
         return None
-
-    def time_to_wait(self) -> float | None:
-        due = min(*self.vacant_until, self.drain_by, *(child.end_by for child in self.children.values()), math.inf)
-        return None if due == math.inf else max(0.0, due - time.monotonic())
 
     def read_orders(self) -> None:
         """Drain when the next generation serves.  The end of the channel is the stop, which the workers see, too."""
@@ -1862,49 +1699,48 @@ class Supervisor:
             return
         self.draining = True
         self.drain_by = min(self.drain_by, time.monotonic() + self.settings.grace)
-        if read_message(self.channel) == "drain":
+        if receive_message(self.channel)[0] == "drain":
             for pid in self.children:
                 os.kill(pid, signal.SIGTERM)
             return
-        for file in (self.channel, *self.channels):
-            os.close(file)
+        for end in self.sockets:
+            end.close()
+        os.close(self.channel)
         self.channel = -1
 
     def reap(self) -> None:
         """Reap the workers that have exited, and no process that the handler's module waits for."""
-        for pid, child in list(self.children.items()):
+        for pid, slot in list(self.children.items()):
             try:
                 ended, status = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:  # the module has reaped it
                 ended, status = pid, -1
             if ended:
                 del self.children[pid]
-                self.reap_worker(pid, child, status)
-            elif child.slot[Scoreboard.STATE] >= Scoreboard.ENDING and not child.slot[Scoreboard.CALLED]:
-                child.end_by = min(child.end_by, time.monotonic() + self.settings.grace)
+                self.reap_worker(pid, slot, status)
+            elif slot[STATE] == ENDING and not slot[CALLED]:
+                slot[END_BY] = min(slot[END_BY], time.monotonic() + self.settings.grace)
 
-    def reap_worker(self, pid: int, child: Child, status: int) -> None:
-        state, _, called, *_ = child.slot
-        child.slot[Scoreboard.STATE] = Scoreboard.VACANT
-        if state >= Scoreboard.ENDING and not status:
+    def reap_worker(self, pid: int, slot: memoryview[float], status: int) -> None:
+        state, called, slot[STATE] = slot[STATE], slot[CALLED], VACANT
+        if state in (ENDING, ENDED) and not status:
             return
         kill_group(pid)  # what its handler has forked would keep clients waiting, and pools wait for ever
         cause = "unknown" if status == -1 else cause_of_death(status)
         end = f"Died. ({cause})"
-        if child.killed:
+        if cause == "SIGKILL" and time.monotonic() >= min(slot[END_BY], self.drain_by):
             end = "Killed. (still running after the grace)"
         elif cause == "SIGALRM" and called:
             end = f"Killed. (handler ran longer than {self.settings.handler_timeout:g} s)"
         log(record("*", f"Child Process {end}", pid))
-        if state < Scoreboard.ENDING:
+        if state in (STARTING, SERVING):
             self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
         if not self.up:
-            self.tell(f"failed cannot start: a worker died ({cause})")
+            send_message(self.channel, f"failed cannot start: a worker died ({cause})")
 
     def kill_overdue(self) -> None:
-        for pid, child in self.children.items():
-            if time.monotonic() >= min(child.end_by, self.drain_by) and not child.killed:
-                child.killed = True
+        for pid, slot in self.children.items():
+            if time.monotonic() >= min(slot[END_BY], self.drain_by):
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -1912,9 +1748,8 @@ class Supervisor:
 
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text
 FLOWING_BYTES = 65536  # that have come, or gone, since a client was last waited for earn it another moment
-IMPATIENCE = 0.1  # s after a moment that was waited in vain, without waiting for other clients
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
-PATIENCE = 1.0  # s with a keeper that takes no clients
+PATIENCE = 1.0  # s with a keeper that takes no clients, because it is stopped or has just died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -1928,29 +1763,19 @@ class Worker:
             os.close(file)
         name_process("daemontest-work")
         self.generation, self.slot, self.handler, self.pid = generation, slot, generation.handler, os.getpid()
-        # The end that it holds as long as it accepts clients, -1 then; and the one that ends when the service stops.
-        listener, slow_out, whole_in, self.accepting_out, self.stopping_in = generation.channels
-        self.listener = socket.socket(fileno=listener)
-        self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
-        self.to_keeper, self.from_keeper = socket.socket(fileno=slow_out), socket.socket(fileno=whole_in)
+        self.listener, self.to_keeper, self.from_keeper = generation.sockets
         self.signals = Signals()
         self.requests_left = generation.settings.max_requests
-        self.leaving = False
+        self.leaving = self.stopping = False  # it has been told to exit; the service stops
         self.client: Client | None = None  # being served
-        self.impatient_until = 0.0
+        self.patient = True
         if self.handler is not text_length:
             # After its report on where the handler hangs it lets SIGALRM end the worker.
             faulthandler.register(signal.SIGALRM, file=2, chain=True)
             disown()
             os.register_at_fork(after_in_child=self.let_fork_go)
-        handle_signals(self.catch, {signal.SIGTERM})
+        generation.worker = self
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-    def catch(self, *_: object) -> None:
-        """Note SIGTERM, also while the handler runs, or a library of its has taken the wake-up descriptor."""
-        self.leaving = True
-        self.slot[Scoreboard.STATE] = Scoreboard.ENDING
-        self.wake_generation()
 
     def wake_generation(self) -> None:
         with suppress(OSError):  # it is dead, or awake
@@ -1958,23 +1783,25 @@ class Worker:
 
     def run(self) -> None:
         log(record("*", "Child Process Started."))
-        self.slot[Scoreboard.PID], self.slot[Scoreboard.STATE] = self.pid, Scoreboard.SERVING
+        self.slot[PID], self.slot[STATE] = self.pid, SERVING
         if not self.generation.up:
             self.wake_generation()
-        poller, listener, from_keeper = select.epoll(), self.listener.fileno(), self.from_keeper.fileno()
+        poller, settings = select.epoll(), self.generation.settings
+        listener, from_keeper = self.listener.fileno(), self.from_keeper.fileno()
         for file in (listener, from_keeper):  # a client wakes one of the workers that wait (epoll_ctl(2))
             poller.register(file, IN | select.EPOLLEXCLUSIVE)
-        for file in (self.signals.reading, self.stopping_in, self.generation.lifeline):
+        for file in (self.signals.reading, self.generation.stopping, self.generation.lifeline):
             poller.register(file, IN)
-        while self.wanted():
+        # It goes on beyond its number while as many are ending as are to serve, and at a stop until no more texts come.
+        while not self.leaving and (self.requests_left > 0 or self.stopping
+                                    or len(in_state(self.generation.board, ENDING)) >= settings.workers):
             # Do all that this worker was woken for before it looks whether to go on: nobody else may have been woken.
             ready = dict(poller.poll())
-            if self.stopping_in in ready:
-                poller.unregister(self.stopping_in)
+            if self.generation.stopping in ready:
+                poller.unregister(self.generation.stopping)
                 poller.unregister(listener)
                 self.listener.close()
-                os.close(self.accepting_out)
-                self.accepting_out = -1
+                self.stopping = True
             elif listener in ready:
                 self.accept_clients()
             if from_keeper in ready:
@@ -1983,21 +1810,11 @@ class Worker:
                 log(record("*", "Caught SIGTERM"))
             if self.generation.lifeline in ready:
                 self.leaving = True
-        self.slot[Scoreboard.STATE] = Scoreboard.ENDED if self.handler is text_length else Scoreboard.ENDING
+        self.slot[STATE] = ENDED if self.handler is text_length else ENDING
         log(record("*", f"Child Process Ended. ({max(0, self.requests_left)})"))
         if self.handler is text_length:
             os._exit(0)  # nothing is to be finished
         self.wake_generation()
-
-    def wanted(self) -> bool:
-        """Return whether to go on: for so many requests, longer while too many others are ending.
-
-        At a stop it goes on until the keeper says that no more texts come.
-        """
-        return not self.leaving and (self.requests_left > 0 or self.accepting_out == -1
-                                     or not self.generation.board.may_end())
-
-    # -- a client --
 
     def accept_clients(self) -> None:
         """Serve new clients one after the other, for a moment without asking epoll in between."""
@@ -2011,9 +1828,10 @@ class Worker:
                 return
             except OSError as why:
                 if why.errno in OUT_OF_RESOURCES:
-                    self.give_up(why)
+                    log(record("*", f"Cannot Accept: {why.strerror}"))
+                    sys.exit()  # but not as ENDING, so the next one comes after a delay
                 return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
-            connection = socket.SocketType(*self.kind, descriptor)
+            connection = socket.SocketType(*self.generation.kind, descriptor)
             connection.setblocking(False)  # whatever default the handler's module has set
             self.serve(Client(connection, address[0].removeprefix("::ffff:")), self.receive)
             if self.leaving or self.requests_left <= 0 or time.monotonic() > end:
@@ -2025,39 +1843,46 @@ class Worker:
             client = Client.receive(self.from_keeper)
         except BlockingIOError:
             return
-        except OSError as why:
-            log(record("-", f"Client Lost: {why.strerror}."))
-            self.give_up(why)
         if client:
             self.serve(client, Client.take_data)
         else:  # the service stops, and no more texts come
             self.leaving = True
 
-    def give_up(self, why: OSError) -> NoReturn:
-        """Exit for want of descriptors, but not as ENDING: so the next worker comes after a delay."""
-        log(record("*", f"Cannot Accept: {why.strerror}"))
-        sys.exit()
-
     def serve(self, client: Client, get_text: Callable[[Client], bytearray | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
         self.client = client
         try:
-            text = get_text(client)
-            if text is None:
-                self.pass_on(client)
-            else:
-                self.answer(client, text)
+            if (text := get_text(client)) is None:
+                client.send(self.to_keeper)
+                return
+            self.requests_left -= 1
+            whole = text.decode()
+            text.clear()  # it may be large
+            self.log_text(client, whole)
+            client.data, client.is_reply = self.handle(whole), True
+        except UnicodeDecodeError as why:
+            refuse(client, f"text is not UTF-8 at byte offset {why.start}")
+        except (Failure, MemoryError) as why:
+            refuse(client, str(why) or "not enough memory")
         except OSError as why:
-            if client.is_reply:
-                log(record("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.", self.pid))
-            elif client.data:
+            if client.data:
                 log(record("-", f"Client: {client.name}; Lost: {why.strerror or why}.", self.pid))
+            return
         finally:
-            client.close()  # sends what was held back, in one packet with the end
+            if not client.is_reply:
+                client.close()
+        self.slot[SERVED] += 1
+        try:
+            self.deliver(client)
+        except OSError as why:
+            log(record("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.", self.pid))
+        client.close()  # sends what was held back, in one packet with the end
+        if self.generation.settings.log != "life":
+            log(record("-", "Client Query Processing Ended.", self.pid))
 
     def receive(self, client: Client) -> bytearray | None:
         """Return a whole text; or None, and the keeper is to see to the rest."""
-        text, wait_at = bytearray(), self.first_wait()
+        text, wait_at = bytearray(), 0
         client.data = text
         while (piece := receive(client.connection)) != b"":
             if piece:
@@ -2071,82 +1896,45 @@ class Worker:
         client.half_closed = True
         return text
 
-    def first_wait(self) -> int:
-        """Return the bytes after which a client is waited for: none, but more if the last wait was in vain."""
-        return FLOWING_BYTES if time.monotonic() < self.impatient_until else 0
-
     def wait_a_moment(self, event: int, client: Client) -> bool:
-        if wait_for(event, client.connection.fileno(), A_MOMENT):
-            return True
-        self.impatient_until = time.monotonic() + IMPATIENCE
-        return False
-
-    def answer(self, client: Client, text: bytearray) -> None:
-        """Call the handler for TEXT, and send its reply."""
-        self.requests_left -= 1
-        try:
-            whole = text.decode()
-            text.clear()  # it may be large
-            self.log_text(client, whole)
-            client.data, client.is_reply = self.handle(whole), True
-        except UnicodeDecodeError as why:
-            refuse(client, f"text is not UTF-8 at byte offset {why.start}")
-        except (Refused, MemoryError) as why:
-            refuse(client, str(why) or "not enough memory")
-        self.slot[Scoreboard.SERVED] += 1
-        self.deliver(client)
-        if self.generation.settings.log != "life":
-            log(record("-", "Client Query Processing Ended.", self.pid))
+        """Wait for the client, but not if the last wait was in vain; return whether it came."""
+        came = self.patient and wait_for(event, client.connection.fileno(), A_MOMENT)
+        self.patient = came or not self.patient
+        return came
 
     def log_text(self, client: Client, text: str) -> None:
         """Log the client's text, or as much of it as one write takes."""
         wanted = self.generation.settings.log
-        if wanted == "life":
-            return
         records = (record("-", "Client Query Processing Started.", self.pid)
                    + record("-", f"Client: {client.name}; Received Text{':' if wanted == 'texts' else '.'}", self.pid))
         if wanted == "texts":
-            lines, count = excerpt(text, select.PIPE_BUF - len(records) - 100)
-            records += lines
-            if count < len(text):
-                records += record("-", f"Logged {count} of {len(text)} Characters.", self.pid)
-        log(records)
+            records += indented(text[:LOGGED])
+            if len(text) > LOGGED:
+                records += record("-", f"Logged {LOGGED} of {len(text)} Characters.", self.pid)
+        if wanted != "life":
+            log(records)
 
     def deliver(self, client: Client) -> None:
         """Send the reply.  A client that makes us wait, or has not half-closed, goes to the keeper.  Raise OSError."""
-        reply, sent, wait_at = client.data, 0, self.first_wait()
+        reply, sent, wait_at = memoryview(client.data), 0, 0
         while sent < len(reply):
             try:  # MSG_MORE sends the end of the reply and FIN in one packet
-                sent += client.connection.send(memoryview(reply)[sent:], socket.MSG_MORE if client.half_closed else 0)
+                sent += client.connection.send(reply[sent:], socket.MSG_MORE if client.half_closed else 0)
             except BlockingIOError:
                 if sent < wait_at or not self.wait_a_moment(OUT, client):
                     break
                 wait_at = sent + FLOWING_BYTES
         if sent < len(reply) or not client.half_closed:
-            client.data = memoryview(reply)[sent:]
-            self.pass_on(client)
-
-    def pass_on(self, client: Client) -> None:
-        """Pass a client on to the keeper, which takes it at once unless it is stopped.  Raise OSError."""
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                client.send(self.to_keeper)
-                return
-            except OSError as why:
-                if why.errno not in FULL or time.monotonic() > end:
-                    raise
-            time.sleep(A_MOMENT)
-
-    # -- the handler --
+            client.data = reply[sent:]
+            client.send(self.to_keeper)
 
     def handle(self, text: str) -> bytes:
-        """Return the handler's reply, as it is sent.  Raise Refused, whatever the handler raises."""
+        """Return the handler's reply, as it is sent.  Raise Failure, whatever the handler raises."""
         if self.handler is text_length:  # which cannot hang, print or fork
             return f"{self.pid} {text_length(text)}\n".encode()
-        PRINTED.renew()
+        self.generation.printed.renew()
         try:
-            self.slot[Scoreboard.CALLED] = time.monotonic()
+            self.slot[CALLED] = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, self.generation.settings.handler_timeout)
             reply = self.handler(text)
             if not isinstance(reply, str):
@@ -2154,13 +1942,13 @@ class Worker:
             return b"%d %b\n" % (self.pid, str.encode(reply))
         except BaseException as why:  # SystemExit too: no text ends a worker
             log(traced("Handler Failed:", why))
-            raise Refused("handler failed") from None
+            raise Failure("handler failed") from None
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            PRINTED.end_line()
+            self.generation.printed.end_line()
             if os.getpid() != self.pid:
                 os._exit(0)  # a fork of the handler's, which is not to serve
-            self.slot[Scoreboard.CALLED] = 0
+            self.slot[CALLED] = 0
             self.signals.arm()
 
     def let_fork_go(self) -> None:
@@ -2170,8 +1958,6 @@ class Worker:
         for end in (self.listener, self.to_keeper, self.from_keeper, self.client):
             if end:
                 end.close()
-        if self.accepting_out != -1:
-            os.close(self.accepting_out)
 
 
 # ---- The end of a process that has run a handler ------------------------------------
@@ -2193,10 +1979,7 @@ def buffered_files() -> list[Any]:
 
 
 def write_files(at_end: bool = True) -> None:
-    """Write what files hold in their buffers; at the end close those that are whole only then, such as compressed ones.
-
-    The outer layers come before the inner: text, then what is compressed and the like, then bytes.
-    """
+    """Write what files hold in their buffers, the outer layers first; at the end close those that are whole only then."""
     files = {id(file): file for file in (*BUFFERED, *buffered_files())}.values()
     for file in sorted(files, key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io")):
         try:
@@ -2207,9 +1990,9 @@ def write_files(at_end: bool = True) -> None:
 
 
 def disown() -> None:
-    """Let workers not clean up what the import has created, such as temporary directories; the generation does.
+    """Let no worker clean up what the import has created, and others use, such as temporary directories.
 
-    There is no public way to it; without it the first worker that ends removes what the others use.
+    There is no public way to it.
     """
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
