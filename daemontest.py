@@ -778,6 +778,7 @@ class Channels:
 
     def __init__(self, listener: socket.socket, listener_is_ours: bool) -> None:
         listener.setblocking(False)
+        self.kind = listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.listener, self.listener_is_ours = listener.detach(), listener_is_ours
         # Clients on their way from the workers to the keeper, and, when their texts are whole, on their way back.
         slow_in, slow_out = seqpacket_pair()
@@ -1194,6 +1195,7 @@ class Manager:
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
+LONG_BYTES = 65536  # of a text that the keeper leaves in a memfd, where it is not copied any more
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
 HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
 
@@ -1202,12 +1204,13 @@ class Client:
     """A client, wherever it is: its connection, and what it has sent so far or has not yet taken of its reply."""
 
     __slots__ = ("connection", "conversation", "data", "events", "half_closed", "held", "is_reply", "memfd", "name",
-                 "reads_until", "until")
+                 "reads_until", "size", "until")
 
     def __init__(self, connection: socket.SocketType, name: str, half_closed: bool = False, is_reply: bool = False,
                  data: Any = b"", memfd: int = -1) -> None:
         self.connection, self.name, self.half_closed = connection, name, half_closed
         self.is_reply, self.data, self.memfd = is_reply, data, memfd
+        self.size = len(data) if memfd == -1 else os.fstat(memfd).st_size
         # The keeper's: its conversation, what that waits for and until when, the bytes it holds meanwhile; and until when
         # it is not dropped, since it reads its reply.
         self.conversation: Iterator[Wait] | None = None
@@ -1216,10 +1219,7 @@ class Client:
     def send(self, channel: socket.socket) -> None:
         """Send this client through CHANNEL to another process.  Raise BlockingIOError if it is full, or OSError."""
         if len(self.data) > INLINE_BYTES:
-            self.memfd = os.memfd_create("daemontest")
-            with open(self.memfd, "wb", closefd=False) as file:
-                file.write(self.data)
-            self.data = b""
+            self.move_to_memfd()
         files, name = [self.connection.fileno()], self.name.encode()
         if self.memfd != -1:
             files.append(self.memfd)
@@ -1227,7 +1227,7 @@ class Client:
                         [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
 
     @staticmethod
-    def receive(channel: socket.socket) -> Client | None:
+    def receive(channel: socket.socket, kind: tuple[int, int, int]) -> Client | None:
         """Receive a client from CHANNEL; None at its end.  Raise BlockingIOError if none has come, or OSError."""
         message, ancillary, flags, _ = channel.recvmsg(HEADER.size + 255 + INLINE_BYTES, socket.CMSG_SPACE(8),
                                                        socket.MSG_CMSG_CLOEXEC)
@@ -1238,16 +1238,28 @@ class Client:
         descriptor, memfd, *_ = (*array.array("i", ancillary[0][2]), -1)
         is_reply, half_closed, length = HEADER.unpack_from(message)
         begin = HEADER.size + length
-        connection = socket.socket(fileno=descriptor)
+        connection = socket.SocketType(*kind, descriptor)
         connection.setblocking(False)
         return Client(connection, message[HEADER.size:begin].decode(), half_closed, is_reply, message[begin:], memfd)
 
-    def size(self) -> int:
-        return len(self.data) if self.memfd == -1 else os.fstat(self.memfd).st_size
+    def move_to_memfd(self) -> None:
+        self.memfd = os.memfd_create("daemontest")
+        with open(self.memfd, "wb", closefd=False) as file:
+            file.write(self.data)
+        self.data = b""
 
-    def take_data(self) -> bytearray:
+    def append(self, piece: bytes) -> None:
+        self.size += len(piece)
+        if self.memfd == -1:
+            self.data += piece
+            if self.size > LONG_BYTES:
+                self.move_to_memfd()
+        else:
+            os.write(self.memfd, piece)
+
+    def take_data(self) -> bytes | bytearray:
         """Return the data, which is here no longer.  Raise MemoryError."""
-        data = bytearray(self.data if self.memfd == -1 else os.pread(self.memfd, self.size(), 0))
+        data = self.data if self.memfd == -1 else os.pread(self.memfd, self.size, 0)
         self.forget_data()
         return data
 
@@ -1270,17 +1282,18 @@ def receive(connection: socket.SocketType) -> bytes | None:
         return None
 
 
-def silence_allowed(text: bytearray) -> float:
-    """Return the seconds of silence after which TEXT is taken to be whole."""
-    if not 0 < len(text) <= OPEN_SIDE_BYTES:
+def silence_allowed(client: Client) -> float:
+    """Return the seconds of silence after which the client's text is taken to be whole."""
+    if not 0 < client.size <= OPEN_SIDE_BYTES:
         return math.inf
-    return 0.1 if text.endswith(b"\n") else 1.0
+    return 0.1 if client.data.endswith(b"\n") else 1.0
 
 
 def refuse(client: Client, reason: str) -> None:
     """Give CLIENT an error as its reply, and log it."""
     log(record("-", f"Client: {client.name}; Refused: {reason}."))
     client.data, client.is_reply = b"%d error: %b\n" % (os.getpid(), reason.encode()), True
+    client.size = len(client.data)
 
 
 # ---- Keeper -------------------------------------------------------------------------
@@ -1365,7 +1378,7 @@ class Keeper:
         """Take those that workers pass on, all that have come by now."""
         while self.connected:
             try:
-                client = Client.receive(self.from_workers)
+                client = Client.receive(self.from_workers, self.channels.kind)
             except BlockingIOError:
                 return
             except OSError as why:  # for want of descriptors, since long replies take one more
@@ -1400,46 +1413,43 @@ class Keeper:
     def receive(self, client: Client) -> Iterator[Wait]:
         """Receive the rest of a text, and have it wait for a worker; or refuse it."""
         silent_since = time.monotonic()
-        until, text = silent_since + self.numbers[self.TIMEOUT], bytearray()
+        until = silent_since + self.numbers[self.TIMEOUT]
         try:
-            text = client.take_data()
-            if len(text) > self.numbers[self.MAX_TEXT]:
-                raise Failure(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
+            if client.size <= LONG_BYTES:
+                client.data = bytearray(client.take_data())
             while True:
-                yield IN, min(until, self.end_by(), silent_since + silence_allowed(text)), len(text)
-                while piece := receive(client.connection):
-                    text += piece
+                if client.size > self.numbers[self.MAX_TEXT]:
+                    raise Failure(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
+                yield IN, min(until, self.end_by(), silent_since + silence_allowed(client)), client.size
+                while (piece := receive(client.connection)) and client.size <= self.numbers[self.MAX_TEXT]:
+                    client.append(piece)
                     silent_since = time.monotonic()
-                    if len(text) > self.numbers[self.MAX_TEXT]:
-                        raise Failure(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
                 now = time.monotonic()
-                client.half_closed = piece is not None
-                if client.half_closed or now >= silent_since + silence_allowed(text):
+                client.half_closed = piece == b""
+                if client.half_closed or (not piece and now >= silent_since + silence_allowed(client)):
                     break
-                if not text and now >= min(until, self.stopped_at):
+                if not client.size and now >= min(until, self.stopped_at):
                     return
-                if now >= min(until, self.end_by()):
+                if not piece and now >= min(until, self.end_by()):
                     raise Failure(f"text not ended within {self.numbers[self.TIMEOUT]:g} s")
         except (Failure, MemoryError) as why:
-            text.clear()
+            client.forget_data()
             refuse(client, str(why) or "not enough memory")
             yield from self.deliver(client)
             return
         except OSError as why:
-            if text:
+            if client.size:
                 log(record("-", f"Client: {client.name}; Lost: {why.strerror or why}."))
             return
-        client.data, size = text, len(text)
-        del text
         self.texts.append(client)
-        yield 0, math.inf, size
+        yield 0, math.inf, client.size
 
     def deliver(self, client: Client) -> Iterator[Wait]:
         """Send a reply, as fast as the client reads it.  Then, if it keeps its side open, wait for the end of that.
 
         To close with data unread resets the connection (RFC 2525, 2.17), and can destroy the reply in flight.
         """
-        until, sent, size = time.monotonic() + self.numbers[self.TIMEOUT], 0, client.size()
+        until, sent, size = time.monotonic() + self.numbers[self.TIMEOUT], 0, client.size
         try:
             while sent < size:
                 client.reads_until = time.monotonic() + 1.0
@@ -1513,9 +1523,10 @@ class Keeper:
 
     def drop_bytes(self) -> None:
         """Drop the clients held longest until not too many bytes are held; but neither the newest, nor one that reads."""
-        most, now = TEXTS_HELD * self.numbers[self.MAX_TEXT], time.monotonic()
+        most = TEXTS_HELD * self.numbers[self.MAX_TEXT]
         if self.numbers[self.BYTES] <= most:
             return
+        now = time.monotonic()
         for client in list(self.clients.values())[:-1]:
             if client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
                 self.drop(client, "too many bytes")
@@ -1747,7 +1758,8 @@ class Supervisor:
 # ---- Worker -------------------------------------------------------------------------
 
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text
-FLOWING_BYTES = 65536  # that have come, or gone, since a client was last waited for earn it another moment
+FLOWING_BYTES = 2**20  # that have come, or gone, since a client was last waited for earn it another moment
+IMPATIENCE = 0.1  # s after a moment that was waited in vain
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
 PATIENCE = 1.0  # s with a keeper that takes no clients, because it is stopped or has just died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -1768,7 +1780,7 @@ class Worker:
         self.requests_left = generation.settings.max_requests
         self.leaving = self.stopping = False  # it has been told to exit; the service stops
         self.client: Client | None = None  # being served
-        self.patient = True
+        self.impatient_until = 0.0
         if self.handler is not text_length:
             # After its report on where the handler hangs it lets SIGALRM end the worker.
             faulthandler.register(signal.SIGALRM, file=2, chain=True)
@@ -1840,7 +1852,7 @@ class Worker:
     def take_text(self) -> None:
         """Take a client whose text is whole from the keeper, and answer it."""
         try:
-            client = Client.receive(self.from_keeper)
+            client = Client.receive(self.from_keeper, self.generation.kind)
         except BlockingIOError:
             return
         if client:
@@ -1848,7 +1860,7 @@ class Worker:
         else:  # the service stops, and no more texts come
             self.leaving = True
 
-    def serve(self, client: Client, get_text: Callable[[Client], bytearray | None]) -> None:
+    def serve(self, client: Client, get_text: Callable[[Client], bytes | bytearray | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
         self.client = client
         try:
@@ -1857,7 +1869,7 @@ class Worker:
                 return
             self.requests_left -= 1
             whole = text.decode()
-            text.clear()  # it may be large
+            text = client.data = b""  # it may be large
             self.log_text(client, whole)
             client.data, client.is_reply = self.handle(whole), True
         except UnicodeDecodeError as why:
@@ -1889,17 +1901,23 @@ class Worker:
                 text += piece
                 if len(text) > self.generation.settings.max_text:
                     return None  # to be refused
-            elif text and len(text) >= wait_at and self.wait_a_moment(IN, client):
+            elif text and len(text) >= wait_at and self.wait_a_moment(IN, client, len(text)):
                 wait_at = len(text) + FLOWING_BYTES
             else:
                 return None
         client.half_closed = True
         return text
 
-    def wait_a_moment(self, event: int, client: Client) -> bool:
-        """Wait for the client, but not if the last wait was in vain; return whether it came."""
-        came = self.patient and wait_for(event, client.connection.fileno(), A_MOMENT)
-        self.patient = came or not self.patient
+    def wait_a_moment(self, event: int, client: Client, passed: int) -> bool:
+        """Return whether the client, of whom so many bytes have PASSED, goes on within a moment.
+
+        Where one has been waited for in vain, the next ones are not, unless they send or read much.
+        """
+        if passed < FLOWING_BYTES and time.monotonic() < self.impatient_until:
+            return False
+        came = wait_for(event, client.connection.fileno(), A_MOMENT)
+        if not came:
+            self.impatient_until = time.monotonic() + IMPATIENCE
         return came
 
     def log_text(self, client: Client, text: str) -> None:
@@ -1921,7 +1939,7 @@ class Worker:
             try:  # MSG_MORE sends the end of the reply and FIN in one packet
                 sent += client.connection.send(reply[sent:], socket.MSG_MORE if client.half_closed else 0)
             except BlockingIOError:
-                if sent < wait_at or not self.wait_a_moment(OUT, client):
+                if sent < wait_at or not self.wait_a_moment(OUT, client, sent):
                     break
                 wait_at = sent + FLOWING_BYTES
         if sent < len(reply) or not client.half_closed:
