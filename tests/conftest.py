@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,8 +22,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DAEMON = ROOT / "daemontest.py"
 CLIENT = ROOT / "testclient.py"
-DATA = ROOT / "tests" / "data"
-POEM = DATA / "poem.txt"
+POEM = ROOT / "tests" / "data" / "poem.txt"
 DEADLINE = 20.0  # s; how long a loaded machine may take for what normally takes milliseconds
 PARALLEL = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # tests that run at the same time share no ports
 MARK = "DAEMONTEST_HARNESS"  # in the environment of every process that a test starts
@@ -33,8 +31,7 @@ for signum in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(signum) == signal.SIG_IGN:  # as below nohup(1), or in a shell's background
         signal.signal(signum, lambda *_: None)  # which the commands that the tests start do not inherit
 
-RECORD = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) "
-                    r"(?P<message>.+)")
+RECORD = re.compile(r"(?P<time>[\d-]{10}T[\d:]{8}\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) (?P<message>.+)")
 CONTINUATION = re.compile(r"    .*")
 
 
@@ -52,11 +49,8 @@ def free_port() -> int:
     """A port nobody uses, below the range from which the kernel takes ports for outgoing connections."""
     while True:
         port = random.randrange(12000 + PARALLEL, 32000, 16)
-        try:
-            with socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True):
-                return port
-        except OSError:
-            continue
+        with suppress(OSError), socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True):
+            return port
 
 
 def alive(pid: int) -> bool:
@@ -77,36 +71,32 @@ class Service:
         self.env = {**os.environ, "HOME": str(home), MARK: self.mark}
         self.pid_file = home / "daemontest.pid"
         self.log_file = home / "daemontest.log"
-        self.expected: list[str] = []  # patterns of the log lines of trouble that the test makes on purpose
-        self.commands: list[subprocess.Popen[str]] = []
-
-    # -- commands --
+        self.expected: list[str] = []  # patterns of lines about faults in the log that the test makes on purpose
 
     def run(self, *arguments: str | Path, script: Path = DAEMON, timeout: float = 50,
             **options: Any) -> subprocess.CompletedProcess[str]:
         """A command of the daemon's (or client's), to its end."""
         options = {"cwd": self.home, "env": self.env, "stdin": subprocess.DEVNULL, **options}
-        return subprocess.run([sys.executable, str(script), *map(str, arguments)],
-                              capture_output=True, text=True, timeout=timeout, **options)
+        return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True,
+                              timeout=timeout, **options)
 
     def start(self, *arguments: str | Path, **options: Any) -> int:
         """Start in the background on this service's port; the manager's PID."""
         done = self.run("-p", str(self.port), *arguments, **options)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        match = re.fullmatch(r"daemontest\.py: (\d+) started, \d+ workers on port (\d+)\n", done.stdout)
+        match = re.fullmatch(r"daemontest\.py: (\d+) started, \d+ workers on port \d+\n", done.stdout)
         assert match, done.stdout
         return int(match[1])
 
     def popen(self, *arguments: str | Path, script: Path = DAEMON, **options: Any) -> subprocess.Popen[str]:
-        """A command of the daemon's (or client's); returns at once."""
+        """Begin a command of the daemon's (or client's)."""
         options = {"cwd": self.home, "env": self.env, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
                    "stderr": subprocess.PIPE, "text": True, **options}
-        self.commands.append(subprocess.Popen([sys.executable, str(script), *map(str, arguments)], **options))
-        return self.commands[-1]
+        return subprocess.Popen([sys.executable, str(script), *map(str, arguments)], **options)
 
     def foreground(self, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-        """Start with -f; returns at once."""
+        """Begin a start with -f."""
         return self.popen("-f", "-p", str(self.port), *arguments, **options)
 
     def stop(self) -> subprocess.CompletedProcess[str]:
@@ -122,13 +112,6 @@ class Service:
         path.write_text(source)
         return path
 
-    def use_handler(self, name: str) -> tuple[str, str]:
-        """Put the handler tests/data/NAME.py into the home; the arguments that name it."""
-        shutil.copy(DATA / f"{name}.py", self.home)
-        return "--handler", f"{name}:handle"
-
-    # -- clients --
-
     def connect(self, host: str = "127.0.0.1", timeout: float = DEADLINE) -> socket.socket:
         return socket.create_connection((host, self.port), timeout=timeout)
 
@@ -138,6 +121,14 @@ class Service:
             connection.sendall(text.encode() if isinstance(text, str) else text)
             connection.shutdown(socket.SHUT_WR)
             return read_all(connection).decode()
+
+    def begin(self, text: bytes = b"x", end: bool = True) -> socket.socket:
+        """Send TEXT, and half-close if that is its END; the connection."""
+        connection = self.connect()
+        connection.sendall(text)
+        if end:
+            connection.shutdown(socket.SHUT_WR)
+        return connection
 
     def refuses(self) -> bool:
         """Whether nobody listens any more: a process that ends closes its files a moment after it has lost its name."""
@@ -149,11 +140,9 @@ class Service:
 
     def client(self, text: str | bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         """testclient.py with TEXT as its standard input."""
-        return subprocess.run(
-            [sys.executable, str(CLIENT), "-s", "127.0.0.1", "-p", str(self.port), *arguments],
-            input=text.encode() if isinstance(text, str) else text, capture_output=True, env=self.env, timeout=50)
-
-    # -- processes --
+        command = [sys.executable, str(CLIENT), "-s", "127.0.0.1", "-p", str(self.port), *arguments]
+        return subprocess.run(command, input=text.encode() if isinstance(text, str) else text, capture_output=True,
+                              env=self.env, timeout=50)
 
     def manager(self) -> int:
         return int(self.pid_file.read_text())
@@ -163,8 +152,8 @@ class Service:
         found: set[int] = set()
         for _ in range(2):  # while one is being reaped, the kernel may miss others
             with suppress(OSError):  # it has gone
-                found |= {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-        return {child for child in found if alive(child)}
+                found.update(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+        return {*filter(alive, found)}
 
     def named(self, name: str, manager: int | None = None) -> set[int]:
         """The manager's living children whose name in ps is NAME."""
@@ -175,34 +164,21 @@ class Service:
                     found.add(child)
         return found
 
-    def keeper(self, manager: int | None = None) -> int:
+    def keeper(self) -> int:
         """The keeper, once there is no other."""
-        found: list[int] = wait_until(lambda: len(living := [*self.named("daemontest-keep", manager)]) == 1 and living,
-                                      "one keeper")
-        return found[0]
+        wait_until(lambda: len(self.named("daemontest-keep")) == 1, "one keeper")
+        [keeper] = self.named("daemontest-keep")
+        return keeper
 
     def generations(self, manager: int | None = None) -> set[int]:
         """The living generations."""
         return self.named("daemontest-gen", manager)
 
-    def generation(self, manager: int | None = None) -> int:
+    def generation(self) -> int:
         """The one generation, once there is no other."""
-        found: list[int] = wait_until(lambda: len(living := [*self.generations(manager)]) == 1 and living,
-                                      "one generation")
-        return found[0]
-
-    def serving_generation(self, manager: int | None = None) -> int:
-        """Wait until the manager says that a generation serves; its PID.  A stop before that gives a start up."""
-        manager = manager or self.manager()
-        serving = "(Generation|Status: generation) .*serving"
-        before = len(self.records(serving))
-
-        def told() -> list[re.Match[str]]:
-            os.kill(manager, signal.SIGUSR1)
-            return self.records(serving)[before:]
-
-        found: list[re.Match[str]] = wait_until(told, "a generation to serve")
-        return int(found[0]["pid"])
+        wait_until(lambda: len(self.generations()) == 1, "one generation")
+        [generation] = self.generations()
+        return generation
 
     def workers(self, manager: int | None = None) -> set[int]:
         """The living workers of all generations."""
@@ -210,36 +186,20 @@ class Service:
 
     def wait_for_new_workers(self, old: set[int]) -> set[int]:
         """Wait until as many workers have taken the place of OLD; the new ones."""
-        def renewed() -> set[int] | None:
-            workers = self.workers()
-            return workers if len(workers) == len(old) and not workers & old else None
-
-        found: set[int] = wait_until(renewed, f"{len(old)} new workers")
+        found: set[int] = wait_until(lambda: len(new := self.workers()) == len(old) and not new & old and new,
+                                     f"{len(old)} new workers")
         return found
-
-    def has_client(self, worker: int) -> bool:
-        """Whether WORKER has accepted a connection: a socket beside the listening one.  Quick (Linux)."""
-        sockets = 0
-        with suppress(OSError):  # the worker has gone meanwhile
-            for file in Path(f"/proc/{worker}/fd").iterdir():
-                with suppress(OSError):  # the file has
-                    sockets += os.readlink(file).startswith("socket:")
-        return sockets > 1
 
     def processes(self) -> set[int]:
         """Every living process that this test started and that runs the daemon."""
         found = set()
         for directory in Path("/proc").glob("[0-9]*"):
-            try:
+            with suppress(OSError):  # it has gone, or is another user's
                 if (f"{MARK}={self.mark}".encode() in (directory / "environ").read_bytes()
                         and os.fsencode(DAEMON) in (directory / "cmdline").read_bytes().split(b"\0")
                         and alive(int(directory.name))):
                     found.add(int(directory.name))
-            except OSError:  # it has gone, or is another user's
-                continue
         return found
-
-    # -- log --
 
     @property
     def log(self) -> str:
@@ -254,29 +214,8 @@ class Service:
         wait_until(lambda: len(self.records(pattern)) >= count, f"{count} of {pattern!r} in the log", deadline)
         return self.records(pattern)
 
-    # -- the end --
-
-    def show_unread_errors(self) -> None:
-        """Print, for whoever looks why a test has failed, what commands that have ended said and nobody read."""
-        for command in self.commands:
-            if command.poll() is not None and command.stderr and not command.stderr.closed:
-                os.set_blocking(command.stderr.fileno(), False)  # others may hold it open
-                with suppress(BlockingIOError):
-                    print(command.args, command.returncode, os.read(command.stderr.fileno(), 10000))
-
-    def clean_up(self) -> set[int]:
-        """Kill what is left; its PIDs."""
-        left = self.processes()
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        wait_until(lambda: not self.processes(), "killed processes to go")
-        return left
-
     def trouble(self) -> list[str]:
-        """Lines of the log that tell of a fault which the test did not announce."""
+        """The log's lines about faults that the test did not expect."""
         signs = re.compile(r"Traceback|Died|Killed|Failed|Cannot|Error\b")
         return [line for line in self.log.split("\n")
                 if not line.startswith("     ") and signs.search(line)
@@ -292,10 +231,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 class Load:
-    """Clients that ask one request after the other, each from a loopback address of its own, so ports do not run out.
-
-    A client whose request fails notes why and goes on.
-    """
+    """Clients that ask again and again, each from an address of its own, so that ports do not run out."""
 
     def __init__(self, service: Service, clients: int = 4, text: bytes = b"x", pause: float = 0.0) -> None:
         self.service, self.text, self.pause = service, text, pause
@@ -306,9 +242,7 @@ class Load:
                         for number in range(clients)]
 
     def ask_on(self, source: str) -> None:
-        for _ in range(100_000):
-            if self.done.is_set():
-                return
+        while not self.done.is_set():
             try:
                 with socket.create_connection(("127.0.0.1", self.service.port), DEADLINE, (source, 0)) as connection:
                     connection.sendall(self.text)
@@ -320,8 +254,7 @@ class Load:
             except (OSError, EOFError) as why:
                 self.failures.append(str(why))
                 time.sleep(0.01)
-            if self.pause:
-                time.sleep(self.pause)
+            time.sleep(self.pause)
 
     def __enter__(self) -> Load:
         for thread in self.threads:
@@ -373,11 +306,6 @@ class Held:
     def release(self) -> None:
         (self.home / "released").touch()
 
-    in_hand, open = workers, release  # the old names, until the old files are gone
-
-
-Gate = Held
-
 
 @contextmanager
 def serving(home: Path) -> Iterator[Service]:
@@ -387,8 +315,10 @@ def serving(home: Path) -> Iterator[Service]:
     yield service
     if service.pid_file.exists():
         service.stop()
-    left = service.clean_up()
-    service.show_unread_errors()
+    for pid in (left := service.processes()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not service.processes(), "killed processes to go")
     assert not left, f"processes left behind: {left}"
     assert not service.trouble(), service.log[-5000:]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import itertools
+import random
 import socket
 import struct
 import termios
@@ -23,25 +23,24 @@ IP_BIND_ADDRESS_NO_PORT = 24  # in Python's socket module from 3.12 on
 
 
 class Client:
-    """One connection of a crowd."""
+    """One of a crowd."""
 
-    def __init__(self, crowd: Crowd, number: int) -> None:
+    def __init__(self, crowd: Crowd) -> None:
         self.crowd, self.socket, self.loop = crowd, socket.socket(), crowd.loop
         self.socket.setblocking(False)
         # Many addresses, so that ports do not run out; the kernel chooses the port when it knows the whole connection.
         self.socket.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-        self.socket.bind((f"127.0.2.{number % 250 + 1}", 0))
+        self.socket.bind((f"127.0.2.{random.randint(1, 250)}", 0))
 
     async def send(self, data: bytes) -> None:
         await self.loop.sock_sendall(self.socket, data)
 
     async def delivered(self) -> None:
-        """Wait until the kernel has delivered all that was sent; otherwise its buffer would hide a slow line's pace."""
+        """Wait until the kernel has delivered all that was sent, lest its buffer hide a slow line's pace."""
         while struct.unpack("i", fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)))[0]:
+            if self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise ConnectionResetError
             await asyncio.sleep(0.005)
-
-    def half_close(self) -> None:
-        self.socket.shutdown(socket.SHUT_WR)
 
     async def receive(self, size: int = 65536) -> bytes:
         return await self.loop.sock_recv(self.socket, size)
@@ -55,15 +54,12 @@ class Client:
         return bytes(reply)
 
     async def stay(self) -> bytes:
-        """Do nothing more.  The crowd is in place when all its clients have come to this."""
+        """Do nothing more."""
         self.crowd.count_in_place()
         return await self.reply()
 
 
 Kind = Callable[[Client], Awaitable[bytes]]  # gets a connection, returns the reply
-
-
-# ---- Kinds --------------------------------------------------------------------------
 
 
 async def silent(client: Client) -> bytes:
@@ -96,7 +92,7 @@ async def not_reading(client: Client) -> bytes:
     """Does not read its reply."""
     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     await client.send(client.crowd.text)
-    client.half_close()
+    client.socket.shutdown(socket.SHUT_WR)
     await client.receive(1)  # the reply has begun to come
     client.crowd.count_in_place()
     await asyncio.sleep(client.crowd.patience)
@@ -112,21 +108,16 @@ async def staying(client: Client) -> bytes:
     return b""
 
 
-async def sending_on(client: Client, piece: bytes = b"x", pause: float = 0.2) -> bytes:
+async def sending_on(client: Client) -> bytes:
     """Sends a text that is refused, and goes on as if nothing had been said."""
     await client.send(client.crowd.text)
     await client.receive(1)  # the refusal has come
     client.crowd.count_in_place()
     with suppress(ConnectionError):  # cut off at its timeout
         while True:
-            await client.send(piece)
-            await asyncio.sleep(pause)
+            await client.send(b"x")
+            await asyncio.sleep(0.2)
     return b""
-
-
-async def sending_without_end(client: Client) -> bytes:
-    """The same, as fast as the service takes it."""
-    return await sending_on(client, PIECE, 0)
 
 
 async def slow_line(client: Client) -> bytes:
@@ -139,23 +130,7 @@ async def slow_line(client: Client) -> bytes:
         await client.delivered()
         if client.loop.time() > due + 0.005:  # the line had to wait, and does not make up for it
             due = client.loop.time()
-    client.half_close()
-    return await client.reply()
-
-
-async def slow_short_text(client: Client) -> bytes:
-    """Needs 1.4 s, too, but for a text of 5 kB."""
-    for _ in range(2):
-        await client.send(b"x" * 2500)
-        await asyncio.sleep(PIECES * PAUSE / 2)
-    client.half_close()
-    return await client.reply()
-
-
-async def whole(client: Client) -> bytes:
-    """Sends the crowd's text at once, as fast clients do."""
-    await client.send(client.crowd.text)
-    client.half_close()
+    client.socket.shutdown(socket.SHUT_WR)
     return await client.reply()
 
 
@@ -164,7 +139,7 @@ async def two_parts(client: Client) -> bytes:
     await client.send(b"the text ")
     await asyncio.sleep(0.02)
     await client.send(b"of a client in two parts\n")
-    client.half_close()
+    client.socket.shutdown(socket.SHUT_WR)
     return await client.reply()
 
 
@@ -172,9 +147,6 @@ async def original(client: Client) -> bytes:
     """Does as the original client: sends a line, keeps its sending side open, and waits."""
     await client.send(b"the text of an original client\n")
     return await client.reply()
-
-
-# ---- Many of them -------------------------------------------------------------------
 
 
 class Crowd:
@@ -185,10 +157,8 @@ class Crowd:
         self.port, self.kind, self.count, self.again = port, kind, count, again
         self.text, self.patience = text, patience
         self.replies: list[bytes] = []
-        self.replied_at: list[float] = []
         self.waits: list[float] = []  # s from the last byte of a text to the end of its reply
         self.failures: list[str] = []
-        self.numbers = itertools.count()
         self.in_place, self.all_in_place = 0, Event()
         self.loop = asyncio.new_event_loop()
         self.thread = Thread(target=self.loop.run_until_complete, args=(self.play(),))
@@ -206,7 +176,7 @@ class Crowd:
         self.loop.close()
 
     def wait_until_in_place(self) -> None:
-        """Wait until each client has come to the point where it makes the service wait."""
+        """Wait until each client makes the service wait."""
         if not self.all_in_place.wait(PATIENCE):
             raise TimeoutError(f"{self.in_place} of {self.count} in place; {self.failures[:3]}")
 
@@ -228,11 +198,10 @@ class Crowd:
 
     async def play_one(self) -> None:
         while True:
-            client = Client(self, next(self.numbers))
+            client = Client(self)
             try:
                 await self.loop.sock_connect(client.socket, ("127.0.0.1", self.port))
                 self.replies.append(await self.kind(client))
-                self.replied_at.append(time.monotonic())
             except OSError as why:
                 self.failures.append(f"{type(why).__name__}: {why}")
                 await asyncio.sleep(0.01)

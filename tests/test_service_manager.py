@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 from conftest import DAEMON, DEADLINE, MARK, Load, Service, alive, wait_until
@@ -19,11 +20,11 @@ SERVES = r"daemontest \d[.\d]*: {workers} workers?, generation {number} since \d
 # What a service manager does between fork and exec: the sockets become descriptors 3 and following.
 HAND_OVER = """
 import fcntl, os, sys
-pid, descriptors, *command = sys.argv[1:]
+descriptors, *command = sys.argv[1:]
 away = [fcntl.fcntl(int(descriptor), fcntl.F_DUPFD, 30) for descriptor in descriptors.split()]
 for place, descriptor in enumerate(away, 3):
     os.dup2(descriptor, place)
-os.environ.update(LISTEN_FDS=str(len(away)), LISTEN_PID=pid or str(os.getpid()), LISTEN_FDNAMES="a name")
+os.environ.update(LISTEN_FDS=str(len(away)), LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES="a name")
 os.execv(command[0], command)
 """
 
@@ -54,13 +55,12 @@ def serves(message: dict[str, str], workers: int, number: str) -> bool:
     return bool(re.fullmatch(SERVES.format(workers=workers, number=number), message.get("STATUS", "")))
 
 
-def hand_over(service: Service, *sockets: socket.socket, arguments: tuple[str, ...] = (), listen_pid: str = "",
-              action: tuple[str, ...] = ("-f",)) -> subprocess.Popen[str]:
-    """Start with SOCKETS handed over; LISTEN_PID is that of the new process unless another is given."""
+def hand_over(service: Service, *sockets: socket.socket, arguments: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start with SOCKETS handed over."""
     descriptors = [each.fileno() for each in sockets]
     return subprocess.Popen(
-        [sys.executable, "-c", HAND_OVER, listen_pid, " ".join(map(str, descriptors)),
-         sys.executable, str(DAEMON), *action, "--log-file", str(service.log_file), *arguments],
+        [sys.executable, "-c", HAND_OVER, " ".join(map(str, descriptors)),
+         sys.executable, str(DAEMON), "-f", "--log-file", str(service.log_file), *arguments],
         cwd=service.home, env=service.env, pass_fds=descriptors, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -105,54 +105,15 @@ def test_it_tells_when_it_answers_when_it_reloads_and_when_it_stops(service: Ser
         assert daemon.communicate(timeout=50) == ("", "")
 
 
-def test_its_status_tells_of_a_generation_that_died_and_of_its_successors(
-        service: Service, notified: NotifySocket) -> None:
-    service.expected += [r"Generation Died\.", "Generation Failed: ", "Handler Not Loaded:", "^    "]
-    service.write_handler(saying("good"))
-    daemon = service.foreground("--log-file", service.log_file, "--handler", "service:handle", "-w", "2")
-    assert serves(notified.next(), 2, "1")
-    service.write_handler("raise RuntimeError('no good\\nSTOPPING=1')")
-    os.kill(*service.generations(daemon.pid), signal.SIGKILL)
-    wait_until(lambda: re.search("generation 1 died.*SIGKILL", notified.next()["STATUS"]), "its death")
-    wait_until(lambda: re.search(r"fail.*RuntimeError: no good\\nSTOPPING=1", notified.next()["STATUS"]), "a failure")
-    service.write_handler(saying("good"))
-    wait_until(lambda: serves(notified.next(), 2, r"\d"), "one that serves")
-    assert service.ask("x").endswith(" good\n")
-    assert service.stop().returncode == 0
-    daemon.communicate(timeout=50)
-
-
 def test_it_never_tells_to_be_ready_when_it_fails_to_start(service: Service, notified: NotifySocket) -> None:
     daemon = service.foreground("--handler", "missing:handle")
     _, errors = daemon.communicate(timeout=50)
     assert daemon.returncode == 1
     assert "missing:handle" in errors
     notified.socket.setblocking(False)
-    try:
-        while "READY" not in (message := notified.next()):
-            pass
-        pytest.fail(f"told {message}")
-    except BlockingIOError:
-        pass
-
-
-@pytest.mark.parametrize("how", ["missing", "reads nothing"])
-def test_a_service_manager_that_does_not_listen_costs_a_record_and_no_service(
-        service: Service, notified: NotifySocket, how: str) -> None:
-    service.expected += ["Cannot Notify: "]
-    if how == "missing":
-        service.env["NOTIFY_SOCKET"] = str(service.home / "missing")
-    daemon = service.foreground("-w", "1", "--log-file", service.log_file, stderr=subprocess.DEVNULL)
-    service.wait_for_records("Child Process Started.")
-    for count in range(1, 1000):  # more than the socket takes
-        if service.records("Cannot Notify: "):
-            break
-        os.kill(daemon.pid, signal.SIGHUP)
-        service.wait_for_records("Caught SIGHUP", count)
-    assert service.records("Cannot Notify: ")
-    assert service.ask("x").endswith(" your text size: 1\n")
-    assert service.stop().returncode == 0
-    daemon.communicate(timeout=50)
+    with suppress(BlockingIOError):
+        while message := notified.next():
+            assert "READY" not in message
 
 
 # ---- The listening socket -----------------------------------------------------------------
@@ -181,16 +142,9 @@ def datagram() -> socket.socket:
     return found
 
 
-def local() -> socket.socket:
-    found = socket.socket(socket.AF_UNIX)
-    found.bind("")  # any abstract address
-    found.listen()
-    return found
-
-
 @pytest.mark.parametrize(("number", "wrong", "why"), [
-    (1, datagram, "TCP"), (1, socket.socket, "listening"), (1, local, "TCP"), (2, listener, "one socket, not 2")],
-    ids=["datagram", "not listening", "local", "two"])
+    (1, datagram, "TCP"), (1, socket.socket, "listening"), (2, listener, "one socket, not 2")],
+    ids=["datagram", "not-listening", "two"])
 def test_anything_but_one_listening_tcp_socket_is_refused_at_once(
         service: Service, number: int, wrong: Callable[[], socket.socket], why: str) -> None:
     sockets = [wrong() for _ in range(number)]
@@ -201,18 +155,6 @@ def test_anything_but_one_listening_tcp_socket_is_refused_at_once(
     assert (daemon.returncode, output) == (1, "")
     assert re.fullmatch(rf"daemontest\.py: cannot use LISTEN_FDS: [^\n]*{why}[^\n]*\n", errors), errors
     assert not service.pid_file.exists()
-
-
-def test_what_was_handed_to_another_process_is_not_its_own(service: Service) -> None:
-    with listener() as theirs:
-        daemon = hand_over(service, theirs, arguments=("-p", str(service.port)), listen_pid=str(os.getpid()))
-        service.wait_for_records("Child Process Started.")
-        assert service.ask("x").endswith(" your text size: 1\n")
-        with socket.create_connection(theirs.getsockname()):
-            theirs.settimeout(DEADLINE)
-            theirs.accept()[0].close()
-        assert service.stop().returncode == 0
-        daemon.communicate(timeout=50)
 
 
 def test_a_socket_that_outlives_restarts_under_load_loses_no_request(
@@ -228,10 +170,6 @@ def test_a_socket_that_outlives_restarts_under_load_loses_no_request(
             assert not alive(daemon.pid)
         daemon = hand_over(service, ours, arguments=("-w", "2"))
         load.wait_for(20)
-        load.done.set()
-        for thread in load.threads:
-            thread.join()
-        assert service.stop().returncode == 0
-        daemon.communicate(timeout=50)
     assert load.failures == []
-    assert len(service.records("Client Query Processing Ended.")) == len(load.replies)
+    assert service.stop().returncode == 0
+    daemon.communicate(timeout=50)

@@ -5,10 +5,10 @@ import re
 import resource
 import signal
 import socket
-import struct
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from datetime import datetime
 from statistics import median
 
 import psutil
@@ -21,28 +21,14 @@ MIB = 2**20
 REST = "your text size: 2101\n"  # of the reply to a text that was begun and finished, after the PID
 FOR_EVER = ("-n", "1000000")  # no worker is to end after its requests
 HANDLER = """
-import os, threading, time
 import held
-
-kept = []
-
-def fill():
-    try:
-        while True:
-            kept.append(open(os.devnull))
-    except OSError:
-        pass
 
 def handle(text):
     match text.split():
         case ["hold"]:
             return held.handle(text)
-        case ["sleep", seconds]:
-            time.sleep(float(seconds))
         case ["reply", count]:
             return "x" * int(count)
-        case ["fill"]:  # all descriptors that the worker may have, that of this client too
-            threading.Timer(0.2, fill).start()
     return f"your text size: {len(text)}"
 """
 
@@ -98,6 +84,11 @@ def assert_prompt(service: Service, times: int = 10) -> None:
     assert median(took) < 1, took  # a slow client that held the worker would hold it for 40 s
 
 
+def seconds_between(first: re.Match[str], second: re.Match[str]) -> float:
+    """The time from one record to another."""
+    return (datetime.fromisoformat(second["time"]) - datetime.fromisoformat(first["time"])).total_seconds()
+
+
 def assert_at_rest(service: Service) -> None:
     """No process of the service takes processor time any more."""
     def used() -> float:
@@ -128,11 +119,9 @@ def sizes(crowd: Crowd) -> set[bytes]:
     pytest.param(slow.silent, 800, 5000, b"", id="silent"),
     pytest.param(slow.urgent, 200, 5000, b"", id="urgent"),
     pytest.param(slow.stalled, 300, MIB, b"", id="stalled"),
-    pytest.param(slow.stalled, 10, 2 * MIB, bytes(MIB), id="stalled-large"),
     pytest.param(slow.trickling, 200, MIB, b"", id="trickling"),
     pytest.param(slow.staying, 200, 5000, b"", id="staying"),
     pytest.param(slow.sending_on, 100, 5000, b"x" * 5001, id="sending-on"),
-    pytest.param(slow.sending_without_end, 4, 5000, b"x" * 5001, id="sending-without-end"),
     pytest.param(slow.not_reading, 20, 100 * MIB, b"reply 6000000", id="not-reading"),
 ])
 def test_next_text_is_answered_at_once_beside(
@@ -152,12 +141,6 @@ def test_next_text_is_answered_at_once_beside(
 # ---- The slow clients themselves --------------------------------------------------------
 
 
-def test_stalled_clients_are_answered_when_they_go_on(service: Service, held: Held) -> None:
-    start(service, "-w", "1", *FOR_EVER)
-    [worker] = service.workers()
-    assert {finish(client) for client in reversed(begin(service, 20))} == {f"{worker} {REST}"}
-
-
 @pytest.mark.parametrize(("kind", "count", "reply"), [
     pytest.param(slow.slow_line, 50, b"your text size: 229376\n", id="slow-lines"),  # one by one: 70 s
     pytest.param(slow.original, 250, b"your text size: 31\n", id="original"),  # 25 s
@@ -173,33 +156,18 @@ def test_slow_clients_are_served_at_the_same_time(
     assert (len(crowd.replies), crowd.failures, sizes(crowd)) == (count, [], {reply})
 
 
-def test_each_stalled_client_is_refused_at_its_own_timeout(service: Service, held: Held) -> None:
+def test_each_client_has_its_own_timeout_for_its_text_and_its_reply(service: Service, held: Held) -> None:
     start(service, "-w", "1", "--timeout", "1.5")
-    with Crowd(service.port, slow.stalled, 50) as crowd:
-        crowd.wait_until_in_place()
+    with Crowd(service.port, slow.not_reading, 5, text=b"reply 6000000"), \
+            Crowd(service.port, slow.stalled, 50) as stalled:
+        stalled.wait_until_in_place()
         in_place = time.monotonic()
-        crowd.wait_until_served()
+        stalled.wait_until_served()
         assert time.monotonic() - in_place < 20  # one by one, it would be 75 s
-    assert (crowd.failures, sizes(crowd)) == ([], {b"error: text not ended within 1.5 s\n"})
-    assert len(service.wait_for_records("Client: 127.0.2.*; Refused: text not ended within 1.5 s.", 50)) == 50
-
-
-def test_reply_that_nobody_takes_is_given_up_at_the_timeout(service: Service, held: Held) -> None:
-    start(service, "--timeout", "1.5")
-    with Crowd(service.port, slow.not_reading, 5, text=b"reply 6000000") as crowd:
-        crowd.wait_until_in_place()
         service.wait_for_records("Client: 127.0.2.*; Reply Not Delivered: ", 5)
+    assert (stalled.failures, sizes(stalled)) == ([], {b"error: text not ended within 1.5 s\n"})
+    assert len(service.wait_for_records("Client: 127.0.2.*; Refused: text not ended within 1.5 s.", 50)) == 50
     assert_at_rest(service)
-
-
-def test_reset_in_mid_text_takes_nobody_along(service: Service, held: Held) -> None:
-    start(service)
-    clients = begin(service, 20)
-    for client in clients[::2]:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
-    assert len(service.wait_for_records("Client: 127.0.0.1; Lost: Connection reset by peer", 10)) == 10
-    assert all(finish(client).endswith(REST) for client in clients[1::2])
 
 
 def test_text_that_came_while_the_service_was_suspended_is_answered(service: Service, held: Held) -> None:
@@ -226,57 +194,17 @@ def test_whole_text_never_waits_while_a_worker_is_idle(service: Service, held: H
             busy = [pool.submit(service.ask, "hold", timeout=50) for _ in range(4)]
             [idle] = service.workers() - set(held.wait_for(4))
             assert {finish(client) for client in clients} == {f"{idle} {REST}"}
-            for kind in (slow.two_parts, slow.original, slow.slow_short_text):
+            for kind in (slow.two_parts, slow.original):
                 with Crowd(service.port, kind, 20) as crowd:
                     crowd.wait_until_served()
                 assert (crowd.failures, {reply.split()[0] for reply in crowd.replies}) == ([], {b"%d" % idle})
+                assert max(crowd.waits) < 1
         finally:
             held.release()
         assert all(reply.result().endswith(" let through\n") for reply in busy)
 
 
-def test_long_handlers_delay_no_slow_client(service: Service, held: Held) -> None:
-    """During a reload and recycling, too."""
-    start(service, "-w", "5", "-n", "50")
-    with ExitStack() as stack:
-        crowds = [stack.enter_context(Crowd(service.port, kind, count, again=True))
-                  for kind, count in ((slow.two_parts, 25), (slow.original, 8))]
-        with Load(service, 3, b"sleep 3") as handlers:
-            handlers.wait_for(6)
-            assert service.run("--reload").returncode == 0
-            handlers.wait_for(3)
-        for crowd in crowds:
-            crowd.wait_until_served()
-    for crowd in crowds:
-        assert crowd.failures == handlers.failures == []
-        assert len(crowd.replies) > 100
-        assert max(crowd.waits) < 1.5, "some waited for a handler of 3 s"
-
-
-def test_texts_that_wait_for_a_busy_worker_are_refused_for_no_timeout(service: Service, held: Held) -> None:
-    start(service, "-w", "1", "--timeout", "1.5")
-    clients = begin(service, 5)
-    with ThreadPoolExecutor(40) as pool:
-        busy = pool.submit(service.ask, "hold")
-        [worker] = held.wait_for()
-        waiting: list[Future[str]] = [*map(pool.submit, [finish] * 5, clients),
-                                      *(pool.submit(service.ask, "x" * 2101) for _ in range(20))]
-        with Crowd(service.port, slow.two_parts, 200) as crowd:
-            time.sleep(2)  # beyond the timeout
-            held.release()
-            crowd.wait_until_served()
-        assert busy.result() == f"{worker} let through\n"
-        assert {reply.result().partition(" ")[2] for reply in waiting} == {REST}
-    assert (len(crowd.replies), crowd.failures, sizes(crowd)) == (200, [], {b"your text size: 34\n"})
-
-
 # ---- Bounds -------------------------------------------------------------------------------
-
-
-def dropped(service: Service, reason: str) -> int:
-    """How many clients the log says were dropped for REASON."""
-    records = service.records(f"Client: .*; Dropped: {reason}")
-    return sum(1 + int((re.search(r"\(and (\d+) before\)", record["message"]) or "00")[1]) for record in records)
 
 
 def test_keeper_raises_its_own_limit_of_descriptors(service: Service, held: Held) -> None:
@@ -306,8 +234,7 @@ def test_at_the_bound_of_clients_the_oldest_are_dropped_and_the_newest_served(se
         assert_at_rest(service)  # nobody spins while there are no descriptors
     assert service.workers() == workers
     assert service.records("Client: .*; Dropped: ")[0]["message"].startswith("Client: 127.0.0.1; ")
-    assert dropped(service, "too many clients") > 100
-    assert len(service.records("Client: .*; Dropped: ")) < 50, "several within a second are told in one record"
+    assert len(service.records("Client: .*; Dropped: too many clients.")) > 100
 
 
 @pytest.mark.parametrize(("kind", "text"), [(slow.stalled, bytes(4 * MIB)), (slow.not_reading, b"reply 8000000")],
@@ -320,7 +247,7 @@ def test_at_the_bound_of_bytes_the_oldest_are_dropped(service: Service, held: He
     before = sum(map(memory, processes))
     with Crowd(service.port, kind, 100, text=text) as crowd:
         wait_until(lambda: crowd.in_place + len(crowd.failures) >= 100, "all of them to have come")
-        wait_until(lambda: dropped(service, "too many bytes") >= 20, "the oldest to be dropped")
+        service.wait_for_records("Client: .*; Dropped: too many bytes.", 20)
         assert_prompt(service)
         assert service.ask(bytes(4 * MIB)).endswith(f" your text size: {4 * MIB}\n")
         assert kept(service)[0] > 0, "the newest are there still"
@@ -333,18 +260,6 @@ def test_at_the_bound_of_bytes_the_oldest_are_dropped(service: Service, held: He
 def memory(pid: int) -> int:
     """Bytes that are the process's own."""
     return int(psutil.Process(pid).memory_full_info().uss)
-
-
-def test_memory_does_not_grow_with_each_crowd(service: Service, held: Held) -> None:
-    start(service, "-w", "1", "--max-text", str(64 * MIB))
-    grown = []
-    for _ in range(4):
-        with Crowd(service.port, slow.stalled, 20, text=bytes(MIB)) as crowd:
-            crowd.wait_until_in_place()
-            wait_until(lambda: kept(service)[1] > 19 * MIB, "the keeper to have their bytes")
-        wait_until(lambda: kept(service) == (0, 0), "them to have gone")
-        grown.append(memory(service.keeper()))
-    assert grown[-1] - grown[0] < 25 * MIB, "they sent 80 MiB; the allocator may keep what one crowd took"
 
 
 def test_without_memory_for_a_text_it_is_refused_and_nobody_ends(service: Service, held: Held) -> None:
@@ -360,29 +275,6 @@ def test_without_memory_for_a_text_it_is_refused_and_nobody_ends(service: Servic
     assert (service.workers(), service.keeper()) == ({worker}, keeper)
 
 
-def test_worker_without_descriptors_is_replaced(service: Service, held: Held) -> None:
-    service.expected += ["Cannot Accept: Too many open files", r"Child Process Died\. \(exit status 0\)"]
-    start(service, "-w", "1", descriptors=(64, 64))
-    [worker] = service.workers()
-    assert service.ask("fill").endswith(" your text size: 4\n")
-    wait_until(lambda: int(service.ask("x").split()[0]) != worker, "the full worker to be replaced")
-    service.wait_for_records("Cannot Accept: Too many open files")
-    assert_at_rest(service)
-
-
-# ---- Long replies -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_long_replies_arrive_whole(service: Service, held: Held, count: int) -> None:
-    start(service)
-    with ThreadPoolExecutor(count) as pool:
-        replies = [pool.submit(service.ask, "reply 100000000", timeout=40) for _ in range(count)]
-        for reply in replies:
-            assert len(text := reply.result().partition(" ")[2]) == 100_000_001
-            assert text.count("x") == 100_000_000
-
-
 # ---- The keeper's end ---------------------------------------------------------------------
 
 
@@ -393,43 +285,37 @@ def test_killed_keeper_loses_the_clients_in_its_hand_alone(service: Service, hel
     with ThreadPoolExecutor() as pool:
         busy = pool.submit(service.ask, "hold")
         held.wait_for()
-        for _ in range(3):
-            clients, keeper = begin(service, 3), service.keeper()
-            os.kill(keeper, signal.SIGKILL)
-            for client in clients:
-                with client, suppress(ConnectionError):
-                    assert client.recv(100) == b""
-            began = time.monotonic()
-            wait_until(lambda: service.keeper() != keeper, "the next keeper")  # noqa: B023
-            assert time.monotonic() - began < 5
-            assert_prompt(service, 2)
+        clients, keeper, began = begin(service, 3), service.keeper(), time.monotonic()
+        wait_until(lambda: time.monotonic() > began + 1, "it to have lived for a second")
+        os.kill(keeper, signal.SIGKILL)
+        for client in clients:
+            with client, suppress(ConnectionError):
+                assert client.recv(100) == b""
+        [died] = service.wait_for_records(r"Keeper Process Died\. \(SIGKILL; [123] clients? lost\)")
+        following = service.wait_for_records("Keeper Process Started.", 2)[1]
         held.release()
+        assert int(died["pid"]) == keeper
+        assert seconds_between(died, following) < 0.8, "the next is there at once"
+        assert_prompt(service, 2)
         assert busy.result().endswith(" let through\n")
     assert service.workers() == workers
-    assert len(service.records(r"Keeper Process Died\. \(SIGKILL; 3 clients lost\)")) == 3
     [client] = begin(service)
     assert finish(client).endswith(REST)
 
 
-def test_stopped_keeper_blocks_no_worker(service: Service, held: Held) -> None:
-    start(service, "-w", "10", "--timeout", "20", *FOR_EVER)
+def test_stopped_keeper_blocks_no_worker_nor_a_stop_beyond_the_grace(service: Service, held: Held) -> None:
+    service.expected.append("Killed|Died")
+    start(service, "-w", "10", "--timeout", "20", "--grace", "1", *FOR_EVER)
     keeper = service.keeper()
     os.kill(keeper, signal.SIGSTOP)
-    with Crowd(service.port, slow.stalled, 60):
-        service.wait_for_records("Client: .*; Lost: ", 1)  # since no more can be passed on
-        for _ in range(3):
-            assert service.ask("whole\n").endswith(" your text size: 6\n")
+    with Crowd(service.port, slow.stalled, 200):
+        service.wait_for_records("Client: .*; Lost: ")  # since no more can be passed on
+        for _ in range(3):  # in a process of its own, so that the half-close comes at once
+            assert service.client("whole").stdout.endswith(b" your text size: 6\n")
     os.kill(keeper, signal.SIGCONT)
     wait_until(lambda: kept(service)[0] == 0, "the keeper to have let them go")
-    [client] = begin(service)
-    assert finish(client).endswith(REST)
-
-
-def test_stopped_keeper_keeps_no_stop_beyond_the_grace(service: Service, held: Held) -> None:
-    service.expected.append("Killed|Died")
-    start(service, "--grace", "1")
-    begin(service, 2)
-    os.kill(service.keeper(), signal.SIGSTOP)
+    assert finish(*begin(service)).endswith(REST)
+    os.kill(keeper, signal.SIGSTOP)
     began = time.monotonic()
     assert service.stop().returncode == 0
     assert time.monotonic() - began < 10
@@ -448,41 +334,20 @@ def test_slow_clients_live_through_reloads_and_the_new_code_answers(service: Ser
         new = {f"{worker} {word}\n" for worker in service.workers()}
         for _ in range(3):
             assert finish(clients.pop()) in new
-    assert service.wait_for_records("Keeper Process Started.")
-    wait_until(lambda: kept(service)[0] == 0, "nobody to be left with a keeper")
-    assert service.keeper()
+    wait_until(lambda: kept(service)[0] == 0, "nobody to be left")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=["stop", "kill"])
 def test_slow_clients_finish_after_the_managers_end(service: Service, held: Held, signum: int) -> None:
     manager = start(service, "-w", "2", "--timeout", "30", "--max-text", str(100 * MIB))
-    processes, clients, reader = service.processes(), begin(service, 3), service.connect()
-    reader.sendall(b"reply 9000000")
-    reader.shutdown(socket.SHUT_WR)
+    processes, clients, reader = service.processes(), begin(service, 3), service.begin(b"reply 9000000")
     wait_until(lambda: kept(service)[0] == 4, "a reply to be kept")
-    waiting = service.connect()
-    waiting.sendall(b"a line of an original client\n")
-    wait_until(lambda: kept(service)[0] == 5, "an original client to be kept")
     os.kill(manager, signum)
     wait_until(service.refuses, "nobody to listen")
     assert all(finish(client).endswith(REST) for client in clients)
-    with waiting, reader:
-        assert read_all(waiting).endswith(b" your text size: 29\n")
+    with reader:
         assert len(read_all(reader)) > 9_000_000
     wait_until(lambda: not any(map(alive, processes)), "all to end")
-
-
-def test_stop_waits_for_a_stalled_client_no_longer_than_the_grace(service: Service, held: Held) -> None:
-    start(service, "-w", "2", "--timeout", "60", "--grace", "1.5")
-    clients = begin(service, 3)
-    began = time.monotonic()
-    assert service.stop().returncode == 0
-    assert 1 < time.monotonic() - began < 10
-    for client in clients:
-        with client, suppress(ConnectionError):
-            assert b"error" in (client.recv(100) or b"error")
-    assert service.records()[-1]["message"] == "Server Terminated."
-    assert not service.records(".*Killed"), "who waits for clients gives up in time"
 
 
 # ---- Everything at a time -----------------------------------------------------------------
@@ -492,28 +357,23 @@ def test_stop_waits_for_a_stalled_client_no_longer_than_the_grace(service: Servi
 def test_under_mixed_load_nobody_is_lost_but_whom_the_log_names(service: Service, held: Held, event: str) -> None:
     service.expected.append(r"(Keeper Process|Generation|Child Process) Died\. \(SIGKILL")
     start(service, "-w", "3", "-n", "20")
+    victims = {"keeper": service.keeper, "generation": service.generation,
+               "worker": lambda: min(wait_until(service.workers, "workers"))}
     with ExitStack() as stack:
         load = stack.enter_context(Load(service, 3))
-        crowds = [stack.enter_context(Crowd(service.port, kind, count, again=True))
-                  for kind, count in ((slow.two_parts, 10), (slow.original, 10), (slow.slow_short_text, 10))]
+        crowds = [stack.enter_context(Crowd(service.port, kind, 10, again=True))
+                  for kind in (slow.two_parts, slow.original)]
         for _ in range(3):
             load.wait_for(100)
-            match event:
-                case "reload":
-                    assert service.run("--reload").returncode == 0
-                case "keeper":
-                    keeper = service.keeper()
-                    load.wait_for(100)  # until it has clients
-                    os.kill(keeper, signal.SIGKILL)
-                case "generation":
-                    os.kill(service.generation(), signal.SIGKILL)
-                case "worker":
-                    os.kill(min(wait_until(service.workers, "workers")), signal.SIGKILL)
+            if event == "reload":
+                assert service.run("--reload").returncode == 0
+            else:
+                os.kill(victims[event](), signal.SIGKILL)
         load.wait_for(100)
         for crowd in crowds:
             crowd.wait_until_served()
     failed = len(load.failures) + sum(len(crowd.failures) + crowd.replies.count(b"") for crowd in crowds)
-    lost = sum(int(match[1]) for record in service.records("Keeper Process Died")
-               if (match := re.search(r"; (\d+) clients? lost", record["message"])))
-    assert failed <= {"keeper": lost, "worker": 3}.get(event, 0), (load.failures, [crowd.failures for crowd in crowds])
+    lost = sum(int(number) for number in re.findall(r"Keeper Process Died.*; (\d+) client", service.log))
+    # A killed keeper may have lost two more, which the kernel had at that moment.
+    assert failed <= {"keeper": lost + 6, "worker": 3}.get(event, 0)
     assert all(len(crowd.replies) >= 10 for crowd in crowds)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import DAEMON, DEADLINE, ROOT, Service, alive, wait_until
+from conftest import DAEMON, DEADLINE, ROOT, Service, wait_until
 from readme import block, program
 
 HANDLER = """
@@ -64,7 +64,12 @@ class Container:
     def __enter__(self) -> Container:
         self.service.wait_for_records("Child Process Started.", 2)
         [self.manager] = self.service.children(self.jail.pid)
-        self.service.serving_generation(self.manager)
+
+        def serves() -> list[re.Match[str]]:
+            os.kill(self.manager, signal.SIGUSR1)
+            return self.service.records("Status: generation .* serving")
+
+        wait_until(serves, "it to serve, since a stop before that gives the start up")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,16 +115,6 @@ def test_it_reaps_every_orphan(container: Container, service: Service) -> None:
     assert not service.records(".*Died"), "they were none of its own"
 
 
-def test_it_reaps_a_generation_that_dies_and_its_workers(container: Container, service: Service) -> None:
-    service.expected.append(r"Generation Died\. \(SIGKILL\)")
-    [generation], workers = service.generations(container.manager), container.workers()
-    os.kill(generation, signal.SIGKILL)
-    wait_until(lambda: not any(map(psutil.pid_exists, {generation, *workers})), "generation and workers to be reaped")
-    wait_until(lambda: len(container.workers()) == 2, "a new generation's workers")
-    assert service.ask("x").endswith(" VERSION 1\n")
-    assert not container.zombies()
-
-
 def test_it_reloads_by_the_command_shown(container: Container, service: Service) -> None:
     """Like `docker exec`."""
     shown = re.search(r"^docker exec daemontest daemontest\.py (.*)$", block("docker build .*"), re.MULTILINE)
@@ -144,51 +139,3 @@ def test_it_stops_at_once_whatever_still_runs_there(container: Container, servic
     assert container.jail.wait(DEADLINE) == 0
     assert time.monotonic() - began < 10  # the grace is 30 s
     assert service.records()[-1]["message"] == "Server Terminated."
-
-
-def test_without_a_place_for_the_pid_file_it_says_so(service: Service) -> None:
-    """As it would in a container without the command's --pid-file, or without --tmpfs."""
-    service.configure("")
-    container = Container(service, "--pid-file", "/nonexistent/daemontest.pid")
-    assert container.jail.wait(DEADLINE) == 1
-    assert service.log == ("daemontest.py: cannot use PID file /nonexistent/daemontest.pid: "
-                           "No such file or directory\n")
-
-
-# ---- A process 1 that is no init ----------------------------------------------------------
-
-REAPS_NOBODY = """
-import subprocess, sys, time
-subprocess.run(sys.argv[1:], check=True)
-time.sleep(60)
-"""
-
-
-def test_process_1_that_reaps_nobody_hinders_neither_reload_nor_stop(service: Service) -> None:
-    service.expected.append(r"Generation Died\. \(SIGKILL\)")
-    files = ("--pid-file", service.home / "container.pid", "--log-file", service.log_file)
-    unshare = [program("unshare"), *(["--map-root-user"] if os.geteuid() else []), "--pid", "--fork", "--kill-child",
-               "--mount-proc"]
-    skip_unless_works(*unshare)
-    with subprocess.Popen([*unshare, sys.executable, "-c", REAPS_NOBODY, sys.executable, DAEMON, "-w", "2",
-                           "-p", str(service.port), *files], cwd=service.home, env=service.env, text=True,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as jail:
-        try:
-            assert jail.stdout
-            assert jail.stdout.readline().endswith(f" started, 2 workers on port {service.port}\n")
-            [manager] = [pid for pid in service.processes() if psutil.Process(pid).name() == "daemontest-mngr"]
-            [generation] = service.generations(manager)
-            os.kill(generation, signal.SIGKILL)
-            wait_until(lambda: service.generations(manager) - {generation} and len(service.workers(manager)) == 2,
-                       "a new generation")
-            old = service.workers(manager)
-            os.kill(manager, signal.SIGHUP)
-            wait_until(lambda: len(new := service.workers(manager)) == 2 and not old & new, "a reload")
-            assert service.ask("x").endswith(" your text size: 1\n")
-            began = time.monotonic()
-            os.kill(manager, signal.SIGTERM)
-            wait_until(lambda: not alive(manager), "the stop")
-            assert time.monotonic() - began < 10  # the grace is 30 s
-        finally:
-            jail.kill()
-    assert not service.records("Child Process (Died|Killed)")

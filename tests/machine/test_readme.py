@@ -5,7 +5,6 @@ Skipped without unshare and the right to use it (root, or user namespaces), or n
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import CLIENT, DAEMON, DEADLINE, POEM, ROOT, Held, Service, wait_until
+from conftest import CLIENT, DAEMON, DEADLINE, POEM, ROOT, Service
 from readme import TEXT, block, blocks, program
 
 OWN = (".venv/bin/daemontest.py", ".venv/bin/testclient.py")
@@ -98,11 +97,6 @@ def sandbox(service: Service) -> Iterator[Sandbox]:
     sandbox.close()
 
 
-def is_gauge(text: str) -> bool:
-    """Whether a session shows what the service is doing, in figures that are never the same."""
-    return re.search(r"^\$ (kill -USR1|ss |ps )", text, re.MULTILINE) is not None
-
-
 SESSIONS = [text for text, _ in blocks() if re.search(rf"^\$ .*{re.escape(OWN[0][:10])}", text, re.MULTILINE)]
 
 
@@ -125,32 +119,6 @@ def test_example_of_a_log_is_that_of_the_session(sandbox: Sandbox, service: Serv
                       for line in TIME.sub("TIME", log).split("\n"))
 
     assert masked(service.log) == masked((ROOT / "logs.example").read_text())
-
-
-def test_gauges_show_what_is_shown(sandbox: Sandbox, service: Service) -> None:
-    """In other figures: each line that README shows has its like."""
-    shown = [text for text, _ in blocks() if is_gauge(text)]
-    assert len(shown) >= 2
-    held = Held(service)
-    shutil.copy(service.home / "held.py", sandbox.clone)
-    sandbox.do(f"{OWN[0]} -w 2 {' '.join(held.arguments)}")
-    manager = sandbox.do(f"cat {service.pid_file}").strip()
-    sandbox.do(f"(echo x | {OWN[1]} > /dev/null) &")
-    held.wait_for()
-    sandbox.do("for n in 3 4; do eval \"exec $n<>/dev/tcp/localhost/36000; printf x >&$n\"; done")
-
-    def masked(text: str) -> list[str]:
-        return [re.sub(r"[\d.]+", "N", " ".join(TIME.sub("TIME", line).split())) for line in text.split("\n") if line]
-
-    def all_shown(expected: str, said: str) -> bool:
-        return all(any(line.startswith(like) for line in masked(said)) for like in masked(expected))
-
-    for session in shown:
-        for part in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
-            command, _, expected = part.partition("\n")
-            wait_until(lambda: all_shown(expected, sandbox.do(PID.sub(manager, command))),  # noqa: B023
-                       f"{command} to say {expected}")
-    held.release()
 
 
 # ---- Clients, handlers, tables ------------------------------------------------------------
@@ -181,13 +149,6 @@ def test_every_handler_is_a_good_one(service: Service) -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_block_of_python_is_python() -> None:
-    sources = [text for text, _ in blocks() if re.match(r"import \w+\n|from \w+ import|def \w+\(", text)]
-    assert sources
-    for source in sources:
-        ast.parse(source)
-
-
 def test_table_of_settings_says_what_help_says(service: Service) -> None:
     told = service.run("--help", env={**service.env, "COLUMNS": "500"}).stdout
     rows = re.findall(r"^\| .*`(--[a-z-]+ [A-Z:]+)` \| (.*?) \|", TEXT, re.MULTILINE)
@@ -206,13 +167,3 @@ def test_example_of_a_configuration_is_a_good_one(service: Service) -> None:
     (service.home / "rhyme.py").write_text("def handle(text):\n    return text")
     done = service.run("--check")
     assert (done.returncode, done.stdout) == (0, "daemontest.py: configuration is good\n"), done.stderr
-
-
-def test_second_service_runs_beside_the_first(sandbox: Sandbox) -> None:
-    sandbox.do(OWN[0])
-    start, stop = block(".*daemontest.py -t --pid-file ~/second.pid").strip().split("\n")
-    sandbox.do(f"PATH=$PWD/.venv/bin:$PATH; {start}")
-    assert " your text size: 1" in sandbox.do(f"{OWN[1]} -p 36001")
-    sandbox.do(stop)
-    assert sandbox.is_running()
-    assert " your text size: 1" in sandbox.do(OWN[1])
