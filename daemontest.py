@@ -17,8 +17,7 @@ Signals to the manager:  TERM, INT, QUIT   stop gracefully
                          USR1              log the status
 Signals to a worker:     TERM              finish the request in hand, exit, be replaced
 
-Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usage,
-3 --status and not running.
+Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usage, 3 --status and not running.
 """
 
 from __future__ import annotations
@@ -188,14 +187,14 @@ class Printed(io.FileIO):
 class PidFile(PIDLockFile):  # type: ignore[misc]
     """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)).
 
-    A PID stands in the file only while the process that it names holds the lock exclusively; so a leftover file is never
-    in the way.  Commands that only ask take the lock shared, for a moment.  Beside the file stands a line on reloads, for
-    --reload to read.
+    A PID stands in the file only while the process that it names holds the lock exclusively; so a leftover file is
+    never in the way.  Commands that only ask take the lock shared, for a moment.  A file beside it tells --reload how
+    reloads went.
     """
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.lock = self.line = -1  # the manager's descriptors of the file, and of the line on reloads
+        self.lock = self.line = -1  # the manager's descriptors of the file, and of the one beside it
         self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
 
     def open_for(self, flags: int, path: str = "") -> int:
@@ -329,8 +328,7 @@ def take_lock(file: int, kind: int) -> bool:
 # takes TERM, and ALRM at the end of its handler's time.
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
-OTHERS_MEANINGLESS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-                      signal.SIGPIPE}
+OTHERS_MEANINGLESS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
 
 Life = Callable[[], Any]  # what a process that has just been forked does; it returns the next one, or None
 
@@ -351,10 +349,7 @@ class Signals:
 
     def wait(self, seconds: float | None, *files: int) -> list[int]:
         """Wait for a signal, or for something to read from FILES, at most SECONDS; return the signals, in order."""
-        poller = select.poll()
-        for file in (self.reading, *files):
-            poller.register(file, select.POLLIN)
-        poller.poll(None if seconds is None else math.ceil(seconds * 1000))
+        wait_for(select.POLLIN, seconds, self.reading, *files)
         return self.take()
 
     def take(self) -> list[int]:
@@ -381,8 +376,8 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def fork(signals: set[signal.Signals], *ends: int) -> int:
-    """Fork a process in which SIGNALS stay blocked until it is ready for them.  Raise Failure, having closed ENDS."""
+def fork(signals: set[signal.Signals]) -> int:
+    """Fork a process in which SIGNALS stay blocked until it is ready for them.  Raise Failure."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     pid = -1
     try:
@@ -391,17 +386,13 @@ def fork(signals: set[signal.Signals], *ends: int) -> int:
     finally:
         if pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        for end in ends if pid == -1 else ():
-            os.close(end)
     return pid
 
 
 def name_process(name: str) -> None:
     """Have ps(1) show NAME: at most 15 bytes (proc(5)), and no spaces, at which CPython splits /proc/self/stat."""
-    with suppress(OSError):
-        comm = os.open("/proc/self/comm", os.O_WRONLY)
-        os.write(comm, name.encode())
-        os.close(comm)
+    with suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as comm:
+        comm.write(name.encode())
 
 
 def begin_process(name: str, *files: int) -> None:
@@ -430,20 +421,16 @@ def cause_of_death(status: int) -> str:
         return f"signal {-code}"
 
 
-def wait_for(event: int, file: int, seconds: float | None = None) -> bool:
-    """Wait for an EVENT of poll(2), or the end, of FILE; return whether it came within SECONDS."""
+def wait_for(event: int, seconds: float | None, *files: int) -> bool:
+    """Wait for an EVENT of poll(2), or the end, of any of FILES; return whether it came within SECONDS."""
     poller = select.poll()  # select(2) takes no descriptor above 1023
-    poller.register(file, event)
+    for file in files:
+        poller.register(file, event)
     return bool(poller.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
 def readable(file: int, seconds: float | None = None) -> bool:
-    return wait_for(select.POLLIN, file, seconds)
-
-
-def shared_numbers(count: int) -> memoryview[float]:
-    """Return COUNT numbers in memory that this process shares with those that it forks."""
-    return memoryview(mmap.mmap(-1, 8 * count)).cast("d")
+    return wait_for(select.POLLIN, seconds, file)
 
 
 # ---- Settings -----------------------------------------------------------------------
@@ -839,59 +826,65 @@ MARGIN = 2.0  # s after the grace in which keeper and generation can exit by the
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
 
-
 # What the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at END_BY it is
-# killed.
+# killed.  A slot is a line of the processor's cache, so that no two processes write to the same.
 STATE, PID, CALLED, SERVED, END_BY = range(5)
+SLOT = 8  # numbers
 # Its STATE: ENDING accepts no more, but has its handler or exit functions to finish; of ENDED nothing is left but to
 # reap it.
 VACANT, STARTING, SERVING, ENDING, ENDED = range(5)
-
-
-
-def new_scoreboard(workers: int) -> list[memoryview[float]]:
-    """Return slots in memory that a generation, its workers and the manager share: for those that serve and that end."""
-    line = 8  # numbers, a line of the processor's cache, so that no two processes write to the same
-    numbers = shared_numbers(line * 2 * workers)
-    return [numbers[start:start + line] for start in range(0, len(numbers), line)]
 
 
 def in_state(slots: list[memoryview[float]], *states: int) -> list[memoryview[float]]:
     return [slot for slot in slots if slot[STATE] in states]
 
 
-class Generation:
-    """What the manager knows of a generation."""
+class Child:
+    """What the manager knows of the keeper, or of a generation."""
 
+    def __init__(self, numbers: int) -> None:
+        self.numbers = memoryview(mmap.mmap(-1, 8 * numbers)).cast("d")  # in memory that it shares with the child
+        self.pid = 0
+        self.forked_at = -math.inf
+        self.kill_at = math.inf
+        self.channel = self.childs_end = -1
+        self.files: list[int] = []  # that are the manager's own; the end of the channel is the order to stop
+
+    def fork(self) -> bool:
+        """Fork it; return whether this is the child.  Raise Failure."""
+        self.forked_at = time.monotonic()
+        with failing_to("connect processes"):
+            self.channel, self.childs_end = seqpacket_pair()
+        self.files.append(self.channel)
+        try:
+            self.pid = fork(MANAGER_SIGNALS)
+        except Failure:
+            os.close(self.childs_end)
+            self.close()
+            raise
+        if self.pid:
+            os.close(self.childs_end)
+            with suppress(OSError):  # it has done so itself
+                os.setpgid(self.pid, self.pid)
+        return not self.pid
+
+    def close(self) -> None:
+        for file in self.files:
+            os.close(file)
+        self.files.clear()
+
+
+class Generation(Child):
     def __init__(self, number: int, settings: Settings, asked_for: bool) -> None:
+        super().__init__(SLOT * 2 * settings.workers)  # for those that serve and those that end
+        self.board = [self.numbers[start:start + SLOT] for start in range(0, len(self.numbers), SLOT)]
         self.number, self.settings = number, settings
         self.asked_for = asked_for  # by a reload whose outcome is not told yet
         self.log_file = open_log(settings.log_file)  # anew, so that logrotate works
-        self.board = new_scoreboard(settings.workers)
-        self.channel, self.generations_end = seqpacket_pair()
-        self.pid = 0
+        self.files.append(self.log_file)
         self.state = State.LOADING
         self.since = 0.0  # when its workers were up (time.time())
         self.note = ""  # on the failure of its successor
-        self.kill_at = math.inf
-
-    def close(self) -> None:
-        """Close the manager's end of the channel: the order to stop."""
-        if self.channel != -1:
-            os.close(self.channel)
-            os.close(self.log_file)
-        self.channel = -1
-
-
-class KeeperRecord:
-    """What the manager knows of the keeper."""
-
-    def __init__(self) -> None:
-        self.pid = 0
-        self.orders = -1  # by which it gets the log of a reload; the end of it is the order to stop
-        self.numbers = shared_numbers(5)
-        self.not_before = 0.0  # when the next one may be forked
-        self.kill_at = math.inf
 
 
 #   What becomes of a generation
@@ -915,7 +908,7 @@ class Manager:
         self.has_launcher = has_launcher  # which waits for the outcome of the start
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         self.signals = Signals()
-        self.keeper = KeeperRecord()
+        self.keeper = Child(2)
         self.generations: list[Generation] = []  # two at the most
         self.born = 0  # generations so far
         self.phase = Phase.STARTING
@@ -953,7 +946,9 @@ class Manager:
                         self.stop(f"cannot start: caught {name}" if self.has_launcher else "")
                     case signal.SIGHUP:
                         log(record("*", "Caught SIGHUP"))
-                        self.reload()
+                        self.reload_wanted = True
+                        for generation in self.in_state(State.LOADING):  # it begins afresh
+                            self.kill(generation)
                     case signal.SIGUSR1:
                         self.log_status()
 
@@ -970,11 +965,10 @@ class Manager:
 
     def announce(self) -> None:
         """Tell all who wait when one generation serves, and no other is left."""
-        if self.phase not in (Phase.STARTING, Phase.CHANGING) or len(self.generations) != 1:
+        if (self.phase not in (Phase.STARTING, Phase.CHANGING)
+                or [generation.state for generation in self.generations] != [State.SERVING]):
             return
         serving, workers = self.generations[0], self.settings.workers
-        if serving.state is not State.SERVING:
-            return
         since = time.strftime("%H:%M:%S", time.localtime(serving.since))
         self.notify(f"{workers} workers, generation {serving.number} since {since}{serving.note}",
                     f"READY=1\nMAINPID={os.getpid()}\n")
@@ -995,8 +989,11 @@ class Manager:
         if self.phase is Phase.STOPPING:
             return None
         try:
-            if not self.keeper.pid and now >= self.keeper.not_before and (child := self.fork_keeper()):
-                return child
+            if not self.keeper.pid and now >= self.keeper.forked_at + RESPAWN_DELAY:
+                keeper, channels, settings = Child(2), self.channels, self.settings
+                self.keeper = keeper
+                if keeper.fork():
+                    return lambda: Keeper(channels, keeper, settings).run()
             if self.in_state(State.LOADING) or len(self.generations) == 2:
                 return None
             if asked_for:
@@ -1007,25 +1004,14 @@ class Manager:
             self.loading_failed(str(why), asked_for)
         return None
 
-    def fork_keeper(self) -> Life | None:
-        keeper, channels = self.keeper, self.channels
-        keeper.not_before = time.monotonic() + RESPAWN_DELAY
-        keeper.orders, keepers_end = seqpacket_pair()
-        Keeper.configure(keeper.numbers, self.settings)
-        keeper.pid = fork(MANAGER_SIGNALS, keeper.orders, keepers_end)
-        if not keeper.pid:
-            return lambda: Keeper(channels, keepers_end, keeper.numbers).run()
-        os.close(keepers_end)
-        return None
-
     def begin_reload(self) -> Life | None:
         """Read the configuration anew, open the log anew, and fork the next generation.  Raise Failure."""
         self.reload_wanted = False
         if self.phase is Phase.SERVING:
             self.phase = Phase.CHANGING
         self.pid_file.tell_reload()
-        now = time.monotonic_ns() // 1000
-        self.notify(f"loading generation {self.born + 1}", f"RELOADING=1\nMONOTONIC_USEC={now}\n")
+        self.notify(f"loading generation {self.born + 1}",
+                    f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\n")
         new, running = self.read(), self.settings
         fixed = {key: getattr(running, key) for key in FIXED if getattr(new, key) != getattr(running, key)}
         if fixed:
@@ -1036,12 +1022,8 @@ class Manager:
         log(record("*", f"Manager Process ID: {os.getpid()}"))
         self.born += 1
         generation = Generation(self.born, settings, asked_for)
-        generation.pid = fork(MANAGER_SIGNALS, generation.channel, generation.generations_end)
-        if not generation.pid:
+        if generation.fork():
             return lambda: Supervisor(generation).run()
-        os.close(generation.generations_end)
-        with suppress(OSError):  # it has done so itself
-            os.setpgid(generation.pid, generation.pid)
         self.generations.append(generation)
         return None
 
@@ -1065,12 +1047,11 @@ class Manager:
             last.state, last.kill_at = State.LEAVING, time.monotonic() + last.settings.grace + MARGIN
             send_message(last.channel, "drain")
         generation.state, generation.since = State.SERVING, time.time()
-        self.settings = generation.settings
+        self.settings = settings = generation.settings
         log_to(generation.log_file)
-        Keeper.configure(self.keeper.numbers, self.settings)
         if self.keeper.pid:
-            send_message(self.keeper.orders, "log", [2])
-        self.channels.defer_accept(self.settings.timeout)
+            send_message(self.keeper.channel, f"{settings.timeout} {settings.max_text} {settings.grace}", [2])
+        self.channels.defer_accept(settings.timeout)
 
     def loading_failed(self, why: str, asked_for: bool) -> None:
         """Tell whoever is concerned WHY the last generation did not come up."""
@@ -1105,9 +1086,8 @@ class Manager:
             late = time.monotonic() >= keeper.kill_at
             end = "Killed. (still running after the grace" if late else f"Died. ({cause_of_death(status)}"
             log(record("*", f"Keeper Process {end}; {keeper.numbers[Keeper.CLIENTS]:.0f} clients lost)", keeper.pid))
-        if self.phase is not Phase.STOPPING:
-            os.close(keeper.orders)
-        keeper.pid, keeper.kill_at = 0, math.inf
+        keeper.close()
+        keeper.pid = 0
 
     def reap_generation(self, generation: Generation, status: int) -> None:
         self.read_messages()  # its last words
@@ -1132,10 +1112,9 @@ class Manager:
         kill_group(generation.pid)
 
     def kill_overdue(self) -> None:
-        processes: list[KeeperRecord | Generation] = [self.keeper, *self.generations]
-        for process in processes:
-            if time.monotonic() >= process.kill_at:
-                kill_group(process.pid)
+        for child in (self.keeper, *self.generations):
+            if child.pid and time.monotonic() >= child.kill_at:
+                kill_group(child.pid)
 
     def stop(self, failure: str = "") -> None:
         """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
@@ -1146,21 +1125,13 @@ class Manager:
         self.channels.stop_listening()
         self.channels.close()
         end = time.monotonic() + self.settings.grace + MARGIN
-        if self.keeper.pid:
-            os.close(self.keeper.orders)
-            self.keeper.kill_at = end
         for generation in self.generations:
             if generation.state is State.LOADING:
-                self.kill(generation)
-            elif generation.state is State.SERVING:
-                generation.state, generation.kill_at = State.LEAVING, end
-            generation.close()
-
-    def reload(self) -> None:
-        """Have the next generation begin; one that is still being loaded begins afresh."""
-        self.reload_wanted = True
-        for generation in self.in_state(State.LOADING):
-            self.kill(generation)
+                kill_group(generation.pid)
+            generation.state = State.LEAVING
+        for child in (self.keeper, *self.generations):
+            child.kill_at = min(child.kill_at, end)
+            child.close()
 
     def log_status(self) -> None:
         keeper, now = self.keeper, time.monotonic()
@@ -1208,8 +1179,8 @@ class Client:
                  data: Any = b"", memfd: int = -1) -> None:
         self.connection, self.name, self.half_closed = connection, name, half_closed
         self.is_reply, self.data, self.memfd = is_reply, data, memfd
-        # The keeper's: its conversation, what that waits for and until when, the bytes it holds meanwhile; and until when
-        # it is not dropped, since it reads its reply.
+        # The keeper's: its conversation, what that waits for and until when, the bytes it holds meanwhile; and until
+        # when it is not dropped, since it reads its reply.
         self.conversation: Iterator[Wait] | None = None
         self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
 
@@ -1300,25 +1271,20 @@ class Keeper:
 
     Discussion.  A conversation is a generator that reads from top to bottom; where it would block, it yields what it
     waits for, and the loop goes on with other clients.  At a stop the keeper shuts down its end of the channel to the
-    workers as soon as no text can become whole any more; they leave at that end-of-file, and theirs tells the keeper that
-    no more replies come.
+    workers as soon as no text can become whole any more; they leave at that end-of-file, and theirs tells the keeper
+    that no more replies come.
     """
 
-    CLIENTS, BYTES, TIMEOUT, MAX_TEXT, GRACE = range(5)  # numbers that it shares with the manager
+    CLIENTS, BYTES = range(2)  # numbers that it shares with the manager
 
-    @classmethod
-    def configure(cls, numbers: memoryview[float], settings: Settings) -> None:
-        numbers[cls.TIMEOUT], numbers[cls.MAX_TEXT], numbers[cls.GRACE] = (
-            settings.timeout, settings.max_text, settings.grace)
-
-    def __init__(self, channels: Channels, orders: int, numbers: memoryview[float]) -> None:
+    def __init__(self, channels: Channels, record: Child, settings: Settings) -> None:
         """Be the keeper, in a process that the manager has just forked."""
-        begin_process("daemontest-keep", orders, *channels.of_keeper)
+        begin_process("daemontest-keep", record.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         self.most_clients = max(limit - SPARE_DESCRIPTORS, limit // 2)
-        self.channels, self.orders, self.numbers = channels, orders, numbers
-        numbers[self.CLIENTS] = numbers[self.BYTES] = 0
+        self.channels, self.settings = channels, settings
+        self.orders, self.numbers = record.childs_end, record.numbers
         self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
         self.poller = select.epoll()
         self.clients: dict[int, Client] = {}  # by descriptor, those held longest first
@@ -1347,7 +1313,7 @@ class Keeper:
 
     def end_by(self) -> float:
         """Return until when clients are waited for at a stop: not as long as the workers that wait for us."""
-        return self.stopped_at + 0.9 * self.numbers[self.GRACE]
+        return self.stopped_at + 0.9 * self.settings.grace
 
     def finished(self) -> bool:
         """Return whether the service stops and no client is left; tell the workers when no more texts come."""
@@ -1384,9 +1350,11 @@ class Keeper:
                 self.drop(next(iter(self.clients.values())), "too many clients")
 
     def read_orders(self) -> None:
-        """Take the log of the generation that now serves; the end of the orders is the order to stop."""
-        _, files = receive_message(self.orders)
+        """Take settings and log of the generation that now serves; the end of the orders is the order to stop."""
+        message, files = receive_message(self.orders)
         if files:
+            timeout, max_text, grace = message.split()
+            self.settings = replace(self.settings, timeout=float(timeout), max_text=int(max_text), grace=float(grace))
             log_to(files[0])
             os.close(files[0])
             return
@@ -1400,18 +1368,18 @@ class Keeper:
     def receive(self, client: Client) -> Iterator[Wait]:
         """Receive the rest of a text, and have it wait for a worker; or refuse it."""
         silent_since = time.monotonic()
-        until, text = silent_since + self.numbers[self.TIMEOUT], bytearray()
+        until, text = silent_since + self.settings.timeout, bytearray()
         try:
             text = client.take_data()
-            if len(text) > self.numbers[self.MAX_TEXT]:
-                raise Failure(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
+            if len(text) > self.settings.max_text:
+                raise Failure(f"text longer than {self.settings.max_text} bytes")
             while True:
                 yield IN, min(until, self.end_by(), silent_since + silence_allowed(text)), len(text)
                 while piece := receive(client.connection):
                     text += piece
                     silent_since = time.monotonic()
-                    if len(text) > self.numbers[self.MAX_TEXT]:
-                        raise Failure(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
+                    if len(text) > self.settings.max_text:
+                        raise Failure(f"text longer than {self.settings.max_text} bytes")
                 now = time.monotonic()
                 client.half_closed = piece is not None
                 if client.half_closed or now >= silent_since + silence_allowed(text):
@@ -1419,7 +1387,7 @@ class Keeper:
                 if not text and now >= min(until, self.stopped_at):
                     return
                 if now >= min(until, self.end_by()):
-                    raise Failure(f"text not ended within {self.numbers[self.TIMEOUT]:g} s")
+                    raise Failure(f"text not ended within {self.settings.timeout:g} s")
         except (Failure, MemoryError) as why:
             text.clear()
             refuse(client, str(why) or "not enough memory")
@@ -1439,7 +1407,7 @@ class Keeper:
 
         To close with data unread resets the connection (RFC 2525, 2.17), and can destroy the reply in flight.
         """
-        until, sent, size = time.monotonic() + self.numbers[self.TIMEOUT], 0, client.size()
+        until, sent, size = time.monotonic() + self.settings.timeout, 0, client.size()
         try:
             while sent < size:
                 client.reads_until = time.monotonic() + 1.0
@@ -1512,8 +1480,8 @@ class Keeper:
             self.texts.popleft()
 
     def drop_bytes(self) -> None:
-        """Drop the clients held longest until not too many bytes are held; but neither the newest, nor one that reads."""
-        most, now = TEXTS_HELD * self.numbers[self.MAX_TEXT], time.monotonic()
+        """Drop those held longest until not too many bytes are held; but neither the newest, nor one that reads."""
+        most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
         if self.numbers[self.BYTES] <= most:
             return
         for client in list(self.clients.values())[:-1]:
@@ -1603,8 +1571,8 @@ class Supervisor:
 
     def __init__(self, generation: Generation) -> None:
         """Be a generation, in a process that the manager has just forked."""
-        begin_process("daemontest-gen", generation.generations_end, generation.log_file)
-        self.settings, self.board, self.channel = generation.settings, generation.board, generation.generations_end
+        begin_process("daemontest-gen", generation.childs_end, generation.log_file)
+        self.settings, self.board, self.channel = generation.settings, generation.board, generation.childs_end
         self.log_file, self.printed = generation.log_file, Printed()
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
@@ -1662,7 +1630,6 @@ class Supervisor:
         self.stopping = files[3]
         self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
         log_to(self.log_file)
-        BUFFERED.extend(buffered_files())
         write_files(at_end=False)  # now, and not once more by every worker
         gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
@@ -1898,7 +1865,7 @@ class Worker:
 
     def wait_a_moment(self, event: int, client: Client) -> bool:
         """Wait for the client, but not if the last wait was in vain; return whether it came."""
-        came = self.patient and wait_for(event, client.connection.fileno(), A_MOMENT)
+        came = self.patient and wait_for(event, A_MOMENT, client.connection.fileno())
         self.patient = came or not self.patient
         return came
 
@@ -1962,26 +1929,19 @@ class Worker:
 
 # ---- The end of a process that has run a handler ------------------------------------
 
-BUFFERED: list[Any] = []  # files that were open after the import; gc.freeze() hides them from gc.get_objects()
-
-
-def buffered_files() -> list[Any]:
-    """Return the open files that may hold what is not written yet.  Those that are only read have nothing to write."""
-    objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
-    found = []
-    for file in objects:
-        if type(file) in kinds:
-            with suppress(Exception):  # it is closed, detached, or a class of the handler's own
-                if file.writable():
-                    found.append(file)
-    return found
+WRITABLE: list[Any] = []  # files; gc.freeze() hides those of the import from gc.get_objects()
 
 
 def write_files(at_end: bool = True) -> None:
-    """Write what files hold in their buffers, the outer layers first; at the end close those that are whole only then."""
-    files = {id(file): file for file in (*BUFFERED, *buffered_files())}.values()
-    for file in sorted(files, key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io")):
+    """Write what open files hold in their buffers, outer layers first; close those that only then are whole."""
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
+    for file in [each for each in objects if type(each) in kinds]:
+        with suppress(Exception):  # it is closed, detached, or a class of the handler's own
+            if file.writable():  # a thread that did not survive the fork may hold the lock of one that is only read
+                WRITABLE.append(file)
+    WRITABLE.sort(key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io"))
+    for file in WRITABLE:
         try:
             if not file.closed:
                 file.close() if at_end and type(file).__module__ != "_io" else file.flush()
