@@ -106,14 +106,11 @@ def log_to(file: int) -> None:
 
 
 def log(records: str) -> None:
-    """Write RECORDS at once, cut in the middle to PIPE_BUF bytes, within which also a pipe keeps them whole (pipe(7)).
-
-    A log that cannot be written costs records, never service.
-    """
+    """Write RECORDS at once, cut in the middle to PIPE_BUF bytes, which even a pipe keeps whole (pipe(7))."""
     while len(data := records.encode(errors="backslashreplace")) > select.PIPE_BUF:
         part = len(records) * 3 // 8
         records = f"{records[:part]}\n    ...\n    {records[-part:]}"
-    with suppress(OSError):
+    with suppress(OSError):  # a full disk costs records, never service
         os.write(2, data)
 
 
@@ -125,7 +122,6 @@ def record(mark: str, message: str, pid: int = 0) -> str:
 
 @functools.lru_cache(maxsize=1)  # many records share a second
 def timestamp(second: int) -> str:
-    """Return the time of a record, with a place for the milliseconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%S.%%03d%z", time.localtime(second))
 
 
@@ -271,8 +267,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     with suppress(ProcessLookupError):  # it has just ended
                         pid, owner = int(content), os.fstat(file.fileno()).st_uid
                         process = os.pidfd_open(pid)
-                        # Somebody else may have locked a leftover file.  Where /proc is hidden only one's own can be
-                        # signalled.
+                        # Somebody else may have locked a leftover file.  If /proc is hidden, only ours gets signals.
                         with suppress(FileNotFoundError):
                             if os.stat(f"/proc/{pid}").st_uid != owner:
                                 raise OSError(f"process {pid} does not belong to its owner")
@@ -330,6 +325,7 @@ MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP,
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
 OTHERS_MEANINGLESS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
 
+Handler = Callable[[str], str]
 Life = Callable[[], Any]  # what a process that has just been forked does; it returns the next one, or None
 
 
@@ -476,6 +472,7 @@ class Settings:
 
 OPTIONS: dict[str, Field[Any]] = {each.name: each for each in fields(Settings) if each.metadata}
 FIXED = ("bind", "port", "pid_file")  # while the service runs
+Read = Callable[..., Settings]  # read_settings(), with what the command line says
 
 
 def fitting(name: str, value: Any, directory: str = STARTED_IN) -> Any:
@@ -495,10 +492,7 @@ def fitting(name: str, value: Any, directory: str = STARTED_IN) -> Any:
 
 
 def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) -> Settings:
-    """Merge the settings: command line over FILE over DEFAULTS over the built-in defaults.
-
-    Raise Failure, which names the file, the key and what is expected.
-    """
+    """Merge the settings: OPTIONS over FILE over DEFAULTS over the built-in defaults.  Raise Failure."""
     path = absolute("~/daemontest.toml" if file is None else file)
     values = defaults
     if file is not None or os.path.exists(path):
@@ -527,11 +521,15 @@ def main() -> None:
     parent's stack.  At the end of a life the interpreter does what it does for any program; but os._exit(), registered
     first with atexit and so called last, spares the time in which it would take every module apart.
     """
-    open_standard_streams()
-    action, file, options = parse_command_line()
+    # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass
+    for number, name in enumerate(("stdin", "stdout", "stderr")):  # which DaemonContext expects to be there
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    life: Life | None = parse_command_line()
     atexit.register(os._exit, 0)
     try:
-        life: Life | None = functools.partial(action, file, options)
         while life:
             life = life()
         return
@@ -546,20 +544,8 @@ def main() -> None:
     os._exit(exit_status)
 
 
-def open_standard_streams() -> None:
-    """Open those of descriptors 0 to 2 that the parent left closed, before other files take their places."""
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass
-    for number, name in enumerate(("stdin", "stdout", "stderr")):  # which DaemonContext expects to be there
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
-
-
-Action = Callable[[str | None, dict[str, Any]], "Life | None"]
-
-
-def parse_command_line() -> tuple[Action, str | None, dict[str, Any]]:
-    """Return the action, the name of the configuration file, and those settings that are given."""
+def parse_command_line() -> Life:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage="%(prog)s [-f | -t | --reload | --status | --check] [-c FILE] [SETTING ...]",
         description="A pre-forking TCP service, text in, text out. Without an action it starts in the background.",
@@ -585,7 +571,7 @@ def parse_command_line() -> tuple[Action, str | None, dict[str, Any]]:
             parser.error(f"--{name.replace('_', '-')}: {why}")
     if action in (terminate, reload, status) and (unheard := options.keys() - {"pid_file"}):
         parser.error(f"--{min(unheard).replace('_', '-')} does not reach the running service: configure it")
-    return action, file, options
+    return functools.partial(action, functools.partial(read_settings, file=file, options=options))
 
 
 def say(outcome: str) -> None:
@@ -594,37 +580,37 @@ def say(outcome: str) -> None:
         print(outcome, flush=True)
 
 
-def status(file: str | None, options: dict[str, Any]) -> None:
+def status(read: Read) -> None:
     """print the process ID of the running service, or exit with 3"""
-    say(str(pid_file_to_ask(file, options).signal_manager(0, exit_status=3)[0]))
+    say(str(pid_file_to_ask(read).signal_manager(0, exit_status=3)[0]))
 
 
-def terminate(file: str | None, options: dict[str, Any]) -> None:
+def terminate(read: Read) -> None:
     """stop the service gracefully; return when all its processes are gone"""
-    pid, process = pid_file_to_ask(file, options).signal_manager(signal.SIGTERM)
+    pid, process = pid_file_to_ask(read).signal_manager(signal.SIGTERM)
     readable(process)
     say(f"{PROGRAM} {pid} Server terminated.")
 
 
-def reload(file: str | None, options: dict[str, Any]) -> None:
+def reload(read: Read) -> None:
     """have the service reload; return when only the new code runs"""
-    say(f"{PROGRAM}: {pid_file_to_ask(file, options).ask_for_reload()} reloaded")
+    say(f"{PROGRAM}: {pid_file_to_ask(read).ask_for_reload()} reloaded")
 
 
-def pid_file_to_ask(file: str | None, options: dict[str, Any]) -> PidFile:
+def pid_file_to_ask(read: Read) -> PidFile:
     """Return the running service's PID file, also if its configuration has broken since the start."""
     try:
-        return PidFile(read_settings(file, options).pid_file)
+        return PidFile(read().pid_file)
     except Failure:
-        pid_file = PidFile(read_settings(os.devnull, options).pid_file)
+        pid_file = PidFile(read(file=os.devnull).pid_file)
         if pid_file.find_manager() is None:
             raise
         return pid_file
 
 
-def check(file: str | None, options: dict[str, Any]) -> None:
+def check(read: Read) -> None:
     """check the configuration and the handler; start nothing"""
-    settings = read_settings(file, options)
+    settings = read()
     try:
         load_handler(settings)
     except Failure as why:
@@ -641,33 +627,27 @@ def check(file: str | None, options: dict[str, Any]) -> None:
 UMASK = 0o027
 
 
-def background(file: str | None, options: dict[str, Any]) -> Life | None:
+def background(read: Read) -> Life | None:
     """start detached; return when the service answers"""
-    return start(functools.partial(read_settings, file, options), detach=True)
+    return start(read, detach=True)
 
 
-def foreground(file: str | None, options: dict[str, Any]) -> Life | None:
+def foreground(read: Read) -> Life | None:
     """serve without detaching, until a signal such as Ctrl-C"""
-    return start(functools.partial(read_settings, file, options, log_file=""), detach=False)
+    return start(functools.partial(read, log_file=""), detach=False)
 
 
-def start(read: Callable[[], Settings], detach: bool) -> Life | None:
+def start(read: Read, detach: bool) -> Life | None:
     """Check, claim, listen, detach; return the manager's life, or the launcher's.  Raise Failure, and leave nothing."""
-    # Check.
     settings = read()
-
-    # Claim.
     os.umask(UMASK)
     signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)  # until the manager is ready for them
     pid_file = PidFile(settings.pid_file)
     pid_file.claim()
     terminal = os.dup(2)  # where the outcome of the start goes
     try:
-        # Listen.
         channels = Channels(*open_listener(settings))
         log_file = open_log(settings.log_file)
-
-        # Detach.
         if detach:
             with failing_to("start"):
                 launchers_end, managers_end = socket.socketpair()
@@ -691,23 +671,17 @@ def start(read: Callable[[], Settings], detach: bool) -> Life | None:
         pid_file.release()
         os.dup2(terminal, 2)
         raise
-
-    # Serve.
     return Manager(read, settings, pid_file, channels, terminal, detach).run
 
 
 def await_start(manager: socket.socket) -> None:
-    """Wait, as the launcher, for the outcome of the start, and print it.  Raise Failure.
-
-    The manager writes the line to be printed and, if it has started, "ready"; while it starts, it stops when the
-    launcher's end of the connection has ended.
-    """
+    """Wait, as the launcher, for the manager's line, and "ready" if it has started; print it, or raise Failure."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
     try:
         told = manager.recv(65536)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        manager.shutdown(socket.SHUT_WR)
+        manager.shutdown(socket.SHUT_WR)  # at which the manager stops
         told = manager.recv(65536)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line, _, ready = told.decode(errors="replace").removeprefix(f"{PROGRAM}: ").partition("\n")
@@ -758,10 +732,7 @@ def somebody_listens(port: int) -> bool:
 
 
 class Channels:
-    """The descriptors by which manager, keeper and workers work together.  Only the manager makes them, so they last.
-
-    Most orders are an end-of-file: a process closes its end, or is killed, and the other side sees it.
-    """
+    """The descriptors that manager, keeper and workers share.  Only the manager makes them, so they last."""
 
     def __init__(self, listener: socket.socket, listener_is_ours: bool) -> None:
         listener.setblocking(False)
@@ -769,9 +740,7 @@ class Channels:
         # Clients on their way from the workers to the keeper, and, when their texts are whole, on their way back.
         slow_in, slow_out = seqpacket_pair()
         whole_in, whole_out = seqpacket_pair()
-        # Nobody ever writes to this.  It ends when the service stops or the manager, which alone has the writing end,
-        # has been killed.
-        stopping_in, stopping_out = os.pipe()
+        stopping_in, stopping_out = os.pipe()  # which nobody writes to: it ends when the manager stops, or is killed
         self.of_keeper = self.listener, slow_in, whole_out
         self.of_workers = self.listener, slow_out, whole_in, stopping_in
         self.all = {*self.of_keeper, *self.of_workers, stopping_out}
@@ -779,11 +748,6 @@ class Channels:
     def close(self) -> None:
         for end in self.all:
             os.close(end)
-
-    def defer_accept(self, seconds: float) -> None:
-        """Have the kernel keep silent clients for so long or somewhat longer (tcp(7))."""
-        with socket.socket(fileno=os.dup(self.listener)) as listener:
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(seconds))
 
     def stop_listening(self) -> None:
         """Listen no more, even if processes that a handler has forked still hold the socket open."""
@@ -826,12 +790,11 @@ MARGIN = 2.0  # s after the grace in which keeper and generation can exit by the
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
 
-# What the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at END_BY it is
-# killed.  A slot is a line of the processor's cache, so that no two processes write to the same.
+# What a slot of the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at
+# END_BY it is killed.  SLOT numbers fill a line of the processor's cache, so that no two processes write to the same.
 STATE, PID, CALLED, SERVED, END_BY = range(5)
-SLOT = 8  # numbers
-# Its STATE: ENDING accepts no more, but has its handler or exit functions to finish; of ENDED nothing is left but to
-# reap it.
+SLOT = 8
+# Its STATE: ENDING still has its handler or exit functions to finish; of ENDED nothing is left but to reap it.
 VACANT, STARTING, SERVING, ENDING, ENDED = range(5)
 
 
@@ -901,7 +864,7 @@ class Generation(Child):
 class Manager:
     """Keeps a keeper and a generation alive.  It runs nobody else's code, and so can always recover."""
 
-    def __init__(self, read: Callable[[], Settings], settings: Settings, pid_file: PidFile, channels: Channels,
+    def __init__(self, read: Read, settings: Settings, pid_file: PidFile, channels: Channels,
                  terminal: int, has_launcher: bool) -> None:
         self.read, self.settings, self.pid_file, self.channels = read, settings, pid_file, channels
         self.terminal = terminal  # where an error goes: the launcher, or standard error with -f
@@ -930,11 +893,9 @@ class Manager:
             self.announce()
             if child := self.fork_missing():
                 return child
-
             talking = [generation.channel for generation in self.in_state(State.LOADING)]
             signals = self.signals.wait(None if self.phase is Phase.SERVING and self.keeper.pid else TICK,
                                         *talking, *([self.terminal] if self.has_launcher else []))
-
             self.read_messages()
             self.reap()
             self.kill_overdue()
@@ -951,9 +912,7 @@ class Manager:
                             self.kill(generation)
                     case signal.SIGUSR1:
                         self.log_status()
-
-        # However the service ends, this is where the PID file goes: when nobody listens any more.
-        self.pid_file.release()
+        self.pid_file.release()  # now that nobody listens any more
         log(record("*", "Server Terminated."))
         os.dup2(self.terminal, 2)
         if self.failure:
@@ -969,8 +928,8 @@ class Manager:
                 or [generation.state for generation in self.generations] != [State.SERVING]):
             return
         serving, workers = self.generations[0], self.settings.workers
-        since = time.strftime("%H:%M:%S", time.localtime(serving.since))
-        self.notify(f"{workers} workers, generation {serving.number} since {since}{serving.note}",
+        since = time.strftime("since %T", time.localtime(serving.since))
+        self.notify(f"{workers} workers, generation {serving.number} {since}{serving.note}",
                     f"READY=1\nMAINPID={os.getpid()}\n")
         if serving.asked_for:
             serving.asked_for = False
@@ -1023,7 +982,7 @@ class Manager:
         self.born += 1
         generation = Generation(self.born, settings, asked_for)
         if generation.fork():
-            return lambda: Supervisor(generation).run()
+            return lambda: load_generation(generation)
         self.generations.append(generation)
         return None
 
@@ -1051,7 +1010,8 @@ class Manager:
         log_to(generation.log_file)
         if self.keeper.pid:
             send_message(self.keeper.channel, f"{settings.timeout} {settings.max_text} {settings.grace}", [2])
-        self.channels.defer_accept(settings.timeout)
+        with socket.socket(fileno=os.dup(self.channels.listener)) as listener:  # keeps silent clients (tcp(7))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
 
     def loading_failed(self, why: str, asked_for: bool) -> None:
         """Tell whoever is concerned WHY the last generation did not come up."""
@@ -1076,9 +1036,8 @@ class Manager:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == self.keeper.pid:
                     self.reap_keeper(ended[1])
-                for generation in list(self.generations):
-                    if ended[0] == generation.pid:
-                        self.reap_generation(generation, ended[1])
+                for generation in [each for each in self.generations if each.pid == ended[0]]:
+                    self.reap_generation(generation, ended[1])
 
     def reap_keeper(self, status: int) -> None:
         keeper = self.keeper
@@ -1134,17 +1093,16 @@ class Manager:
             child.close()
 
     def log_status(self) -> None:
-        keeper, now = self.keeper, time.monotonic()
-        if keeper.pid:
-            log(record("*", f"Status: keeper with {keeper.numbers[Keeper.CLIENTS]:.0f} clients, "
-                            f"{keeper.numbers[Keeper.BYTES]:.0f} bytes", keeper.pid))
+        if self.keeper.pid:
+            clients, held = self.keeper.numbers
+            log(record("*", f"Status: keeper with {clients:.0f} clients, {held:.0f} bytes", self.keeper.pid))
         for generation in self.generations:
             since = time.strftime(" since %FT%T", time.localtime(generation.since)) if generation.since else ""
             log(record("*", f"Status: generation {generation.number}, {generation.state.name.lower()}{since}, "
                             f"{generation.settings.workers} workers", generation.pid))
             for state, pid, called, served, *_ in generation.board:
                 if state != VACANT and pid:
-                    handler = f"handler running for {now - called:.1f} s" if called else "handler idle"
+                    handler = f"handler running for {time.monotonic() - called:.1f} s" if called else "handler idle"
                     ending = ", ending" if state >= ENDING else ""
                     log(record("*", f"Status: worker with {served:.0f} texts served, {handler}{ending}", int(pid)))
 
@@ -1259,9 +1217,7 @@ def refuse(client: Client, reason: str) -> None:
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
 SPARE_DESCRIPTORS = 32
 LINGER = 1.0  # s of silence after which a client that has its reply, but keeps its side open, is left
-# s after which, at a stop, workers bring no more texts that are not whole: they accept no more, and pass a client on
-# within milliseconds.  On a machine that does not run a worker for longer its client is dropped.
-LAST_CALL = 0.1
+LAST_CALL = 0.1  # s after which, at a stop, workers bring no more texts: they accept none, and pass on what they have
 
 Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a worker), until when, and the bytes held
 
@@ -1278,7 +1234,6 @@ class Keeper:
     CLIENTS, BYTES = range(2)  # numbers that it shares with the manager
 
     def __init__(self, channels: Channels, record: Child, settings: Settings) -> None:
-        """Be the keeper, in a process that the manager has just forked."""
         begin_process("daemontest-keep", record.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
@@ -1291,12 +1246,13 @@ class Keeper:
         self.texts: deque[Client] = deque()  # whole ones that wait for a worker
         self.look_at = math.inf  # when some client may be late
         self.stopped_at = math.inf
+        self.end_by = math.inf  # clients are waited for at a stop: not as long as workers wait for us
         self.connected = True  # whether there are workers
 
     def run(self) -> None:
         log(record("*", "Keeper Process Started."))
-        for file in (self.from_workers.fileno(), self.orders):
-            self.poller.register(file, IN)
+        self.poller.register(self.from_workers, IN)
+        self.poller.register(self.orders, IN)
         self.poller.register(self.to_workers, select.EPOLLONESHOT)
         while not self.finished():
             look_in = max(0.0, self.look_at - time.monotonic()) if self.stopped_at == math.inf else TICK
@@ -1310,10 +1266,6 @@ class Keeper:
             self.advance_late()
             self.pass_texts_on()
         log(record("*", "Keeper Process Ended."))
-
-    def end_by(self) -> float:
-        """Return until when clients are waited for at a stop: not as long as the workers that wait for us."""
-        return self.stopped_at + 0.9 * self.settings.grace
 
     def finished(self) -> bool:
         """Return whether the service stops and no client is left; tell the workers when no more texts come."""
@@ -1338,14 +1290,14 @@ class Keeper:
                 log(record("-", f"Client Lost: {why.strerror}."))
                 self.drop(next(iter(self.clients.values())), "too many clients")
                 continue
-            if not client:
+            if client:
+                self.clients[client.connection.fileno()] = client
+                self.numbers[self.CLIENTS] += 1
+                client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
+                self.advance(client)
+            else:
                 self.poller.unregister(self.from_workers)
                 self.connected = False
-                return
-            self.clients[client.connection.fileno()] = client
-            self.numbers[self.CLIENTS] += 1
-            client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
-            self.advance(client)
             if len(self.clients) > self.most_clients:
                 self.drop(next(iter(self.clients.values())), "too many clients")
 
@@ -1360,6 +1312,7 @@ class Keeper:
             return
         self.poller.unregister(self.orders)
         self.stopped_at = time.monotonic()
+        self.end_by = self.stopped_at + 0.9 * self.settings.grace
         self.channels.stop_listening()
         for client in list(self.clients.values()):
             if client.events:
@@ -1371,22 +1324,22 @@ class Keeper:
         until, text = silent_since + self.settings.timeout, bytearray()
         try:
             text = client.take_data()
-            if len(text) > self.settings.max_text:
-                raise Failure(f"text longer than {self.settings.max_text} bytes")
             while True:
-                yield IN, min(until, self.end_by(), silent_since + silence_allowed(text)), len(text)
-                while piece := receive(client.connection):
+                if len(text) > self.settings.max_text:
+                    raise Failure(f"text longer than {self.settings.max_text} bytes")
+                quiet_at = silent_since + silence_allowed(text)
+                yield IN, min(until, self.end_by, quiet_at), len(text)
+                if piece := receive(client.connection):
                     text += piece
                     silent_since = time.monotonic()
-                    if len(text) > self.settings.max_text:
-                        raise Failure(f"text longer than {self.settings.max_text} bytes")
+                    continue
                 now = time.monotonic()
                 client.half_closed = piece is not None
-                if client.half_closed or now >= silent_since + silence_allowed(text):
+                if client.half_closed or now >= quiet_at:
                     break
                 if not text and now >= min(until, self.stopped_at):
                     return
-                if now >= min(until, self.end_by()):
+                if now >= min(until, self.end_by):
                     raise Failure(f"text not ended within {self.settings.timeout:g} s")
         except (Failure, MemoryError) as why:
             text.clear()
@@ -1411,19 +1364,19 @@ class Keeper:
         try:
             while sent < size:
                 client.reads_until = time.monotonic() + 1.0
-                yield OUT, min(until, self.end_by()), size - sent
+                yield OUT, min(until, self.end_by), size - sent
                 try:
                     sent += (client.connection.send(client.data[sent:]) if client.memfd == -1 else
                              os.sendfile(client.connection.fileno(), client.memfd, sent, size - sent))
                 except BlockingIOError:
-                    if time.monotonic() >= min(until, self.end_by()):
+                    if time.monotonic() >= min(until, self.end_by):
                         raise TimeoutError("timed out") from None
             if client.half_closed:
                 return
             client.connection.shutdown(socket.SHUT_WR)
             quiet_at = time.monotonic() + LINGER
-            while time.monotonic() < min(until, self.end_by(), quiet_at):
-                yield IN, min(until, self.end_by(), quiet_at), 0
+            while time.monotonic() < min(until, self.end_by, quiet_at):
+                yield IN, min(until, self.end_by, quiet_at), 0
                 if piece := receive(client.connection):
                     quiet_at = time.monotonic() + LINGER
                 elif piece is not None:
@@ -1505,7 +1458,7 @@ class Keeper:
 # ---- Generation ---------------------------------------------------------------------
 
 
-def load_handler(settings: Settings) -> Callable[[str], str]:
+def load_handler(settings: Settings) -> Handler:
     """Import the handler and check what it is.  Raise Failure, whatever its module raises."""
     if not settings.handler:
         return text_length
@@ -1521,7 +1474,9 @@ def load_handler(settings: Settings) -> Callable[[str], str]:
         reason = type(why).__name__
         with suppress(BaseException):  # an exception of the module's own may fail to say what it is
             reason += f": {why}" if str(why) else ""
-        reason += place_of(why, settings.directory)
+        places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(why.__traceback__)]
+        own = [each for each in places if each[0].startswith(settings.directory) and "/site-packages/" not in each[0]]
+        reason += " ({}, line {})".format(*own[-1]) if own and own[-1][0] != __file__ else ""
         if isinstance(why, ModuleNotFoundError) and why.name and f"{module_name}.".startswith(f"{why.name}."):
             reason = f"no module {why.name} in {settings.directory}, nor where Python looks"
             if why.name == f"{top}.py":
@@ -1538,13 +1493,6 @@ def load_handler(settings: Settings) -> Callable[[str], str]:
 
 def not_loaded(settings: Settings, why: str) -> str:
     return f"cannot load handler {settings.handler}: {why[:2000]}"
-
-
-def place_of(why: BaseException, directory: str) -> str:
-    """Return the file and line of the module's own code where WHY came up, as far as there are."""
-    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(why.__traceback__)]
-    own = [place for place in places if place[0].startswith(directory) and "/site-packages/" not in place[0]]
-    return " ({}, line {})".format(*own[-1]) if own and own[-1][0] != __file__ else ""
 
 
 def fault_of(handler: Any) -> str:
@@ -1566,72 +1514,72 @@ def fault_of(handler: Any) -> str:
     return ""
 
 
-class Supervisor:
-    """A generation's own process: it imports the handler, and keeps the number of its workers."""
+def load_generation(generation: Generation) -> Life | None:
+    """Import the handler, in a process that the manager has just forked; then be the supervisor of its workers."""
+    begin_process("daemontest-gen", generation.childs_end, generation.log_file)
+    log(record("*", "Loading configuration."))
+    printed = Printed()
+    printed.renew()
+    atexit.register(write_files)
+    try:
+        handler = load_handler(generation.settings)
+    except Failure as why:
+        printed.end_line()
+        log(traced("Handler Not Loaded:", why.__cause__ or why))
+        send_message(generation.childs_end, f"failed {why}")
+        os._exit(1)
+    # Undo what the handler's module may have done to this process.
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    reset_signals()
+    handle_signals(do_nothing, {signal.SIGCHLD})
+    printed.end_line()
 
-    def __init__(self, generation: Generation) -> None:
-        """Be a generation, in a process that the manager has just forked."""
-        begin_process("daemontest-gen", generation.childs_end, generation.log_file)
+    send_message(generation.childs_end, "imported")
+    readable(generation.childs_end)
+    _, files = receive_message(generation.childs_end)
+    if not files:
+        os._exit(0)  # the manager is gone
+    log_to(generation.log_file)
+    write_files(at_end=False)  # now, and not once more by every worker
+    supervisor = Supervisor(generation, handler, printed, files)
+    gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
+    return supervisor.run()
+
+
+class Supervisor:
+    """A generation's own process, which keeps the number of its workers."""
+
+    def __init__(self, generation: Generation, handler: Handler, printed: Printed, files: list[int]) -> None:
         self.settings, self.board, self.channel = generation.settings, generation.board, generation.childs_end
-        self.log_file, self.printed = generation.log_file, Printed()
+        self.handler, self.printed, self.stopping = handler, printed, files.pop()
+        self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
+        self.sockets[1].settimeout(PATIENCE)
+        self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
-        self.worker: Worker | None = None  # in a worker: what it is
         self.up = False  # once all workers have served
-        self.draining = False
         self.drain_by = math.inf
+        self.worker: Worker | None = None  # in a worker: what it is
+        self.signals = Signals()
+        handle_signals(self.catch, {signal.SIGTERM})
 
     def run(self) -> Life | None:
-        """Load the handler, keep workers until told to drain or to stop; in a worker just forked, return its life."""
-        log(record("*", "Loading configuration."))
-        self.printed.renew()
-        atexit.register(write_files)
-        try:
-            self.handler = load_handler(self.settings)
-        except Failure as why:
-            self.printed.end_line()
-            log(traced("Handler Not Loaded:", why.__cause__ or why))
-            send_message(self.channel, f"failed {why}")
-            os._exit(1)
-        self.prepare_for_workers()
-        while self.children or not self.draining:
+        """Keep workers until told to drain or to stop; in a worker just forked, return its life."""
+        while self.children or self.drain_by == math.inf:
             if child := self.spawn_missing():
                 return child
             if not self.up and len(in_state(self.board, SERVING, ENDING)) >= self.settings.workers:
                 self.up = True
                 send_message(self.channel, "up")
-
-            steady = self.up and not (self.draining or self.vacant_until or in_state(self.board, ENDING))
+            steady = self.up and self.drain_by == math.inf and not (self.vacant_until or in_state(self.board, ENDING))
             self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
-
             self.read_orders()
             self.reap()
-            self.kill_overdue()
+            for pid, slot in self.children.items():
+                if time.monotonic() >= min(slot[END_BY], self.drain_by):
+                    os.kill(pid, signal.SIGKILL)
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # what the module has left behind may keep it no longer
         return None
-
-    def prepare_for_workers(self) -> None:
-        """Undo what the handler's module may have done to this process, and get what workers need."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        reset_signals()
-        handle_signals(do_nothing, {signal.SIGCHLD})
-        handle_signals(self.catch, {signal.SIGTERM})
-        self.signals = Signals()
-        self.printed.end_line()
-        send_message(self.channel, "imported")
-        readable(self.channel)
-        _, files = receive_message(self.channel)
-        if not files:
-            os._exit(0)  # the manager is gone
-        # Made here, once for all workers.
-        self.sockets = [socket.socket(fileno=file) for file in files[:3]]
-        self.sockets[1].settimeout(PATIENCE)
-        self.kind = self.sockets[0].family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
-        self.stopping = files[3]
-        self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
-        log_to(self.log_file)
-        write_files(at_end=False)  # now, and not once more by every worker
-        gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
     def catch(self, *_: object) -> None:
         """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
@@ -1645,7 +1593,7 @@ class Supervisor:
         now = time.monotonic()
         self.vacant_until = [until for until in self.vacant_until if until > now]
         missing = self.settings.workers - len(self.vacant_until) - len(in_state(self.board, STARTING, SERVING))
-        for slot in in_state(self.board, VACANT)[:0 if self.draining else max(0, missing)]:
+        for slot in in_state(self.board, VACANT)[:max(0, missing) if self.drain_by == math.inf else 0]:
             slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = STARTING, 0, 0, 0, math.inf
             try:
                 pid = fork({signal.SIGTERM})
@@ -1664,7 +1612,6 @@ class Supervisor:
         """Drain when the next generation serves.  The end of the channel is the stop, which the workers see, too."""
         if self.channel == -1 or not readable(self.channel, 0):
             return
-        self.draining = True
         self.drain_by = min(self.drain_by, time.monotonic() + self.settings.grace)
         if receive_message(self.channel)[0] == "drain":
             for pid in self.children:
@@ -1678,10 +1625,9 @@ class Supervisor:
     def reap(self) -> None:
         """Reap the workers that have exited, and no process that the handler's module waits for."""
         for pid, slot in list(self.children.items()):
-            try:
+            ended, status = pid, -1
+            with suppress(ChildProcessError):  # the module has reaped it
                 ended, status = os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:  # the module has reaped it
-                ended, status = pid, -1
             if ended:
                 del self.children[pid]
                 self.reap_worker(pid, slot, status)
@@ -1705,11 +1651,6 @@ class Supervisor:
         if not self.up:
             send_message(self.channel, f"failed cannot start: a worker died ({cause})")
 
-    def kill_overdue(self) -> None:
-        for pid, slot in self.children.items():
-            if time.monotonic() >= min(slot[END_BY], self.drain_by):
-                os.kill(pid, signal.SIGKILL)
-
 
 # ---- Worker -------------------------------------------------------------------------
 
@@ -1724,7 +1665,6 @@ class Worker:
     """The process that calls the handler, for one client at a time, and waits no longer than a moment for any."""
 
     def __init__(self, generation: Supervisor, slot: memoryview[float]) -> None:
-        """Be a worker, in a process that a generation has just forked."""
         os.setpgid(0, 0)
         for file in (generation.channel, generation.lifeline_out, generation.signals.reading):
             os.close(file)
@@ -1732,6 +1672,7 @@ class Worker:
         self.generation, self.slot, self.handler, self.pid = generation, slot, generation.handler, os.getpid()
         self.listener, self.to_keeper, self.from_keeper = generation.sockets
         self.signals = Signals()
+        self.kind = self.listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.requests_left = generation.settings.max_requests
         self.leaving = self.stopping = False  # it has been told to exit; the service stops
         self.client: Client | None = None  # being served
@@ -1798,7 +1739,7 @@ class Worker:
                     log(record("*", f"Cannot Accept: {why.strerror}"))
                     sys.exit()  # but not as ENDING, so the next one comes after a delay
                 return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
-            connection = socket.SocketType(*self.generation.kind, descriptor)
+            connection = socket.SocketType(*self.kind, descriptor)
             connection.setblocking(False)  # whatever default the handler's module has set
             self.serve(Client(connection, address[0].removeprefix("::ffff:")), self.receive)
             if self.leaving or self.requests_left <= 0 or time.monotonic() > end:
