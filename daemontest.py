@@ -181,11 +181,10 @@ class Printed(io.FileIO):
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
-    """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)).
+    """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)), exclusively.
 
-    A PID stands in the file only while the process that it names holds the lock exclusively; so a leftover file is
-    never in the way.  Commands that only ask take the lock shared, for a moment.  A file beside it tells --reload how
-    reloads went.
+    Only meanwhile a PID stands in it, so a leftover file is never in the way.  Commands that only ask take the lock
+    shared, for a moment.  A file beside it tells --reload how reloads went.
     """
 
     def __init__(self, path: str) -> None:
@@ -319,8 +318,7 @@ def take_lock(file: int, kind: int) -> bool:
 
 # ---- Signals and processes ----------------------------------------------------------
 
-# What the manager's loop reads, what means nothing to the manager, and what means nothing to the others.  A worker also
-# takes TERM, and ALRM at the end of its handler's time.
+# What the manager's loop reads; what means nothing to it, or to the others; but a worker takes TERM, and ALRM as well.
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
 OTHERS_MEANINGLESS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
@@ -349,10 +347,9 @@ class Signals:
         return self.take()
 
     def take(self) -> list[int]:
-        try:
+        with suppress(BlockingIOError):
             return list(os.read(self.reading, 65536))
-        except BlockingIOError:
-            return []
+        return []
 
 
 def handle_signals(handler: Any, signals: set[signal.Signals]) -> None:
@@ -411,10 +408,9 @@ def kill_group(pid: int) -> None:
 def cause_of_death(status: int) -> str:
     """Return what a process died of: the name of the signal, or the exit status (waitpid(2))."""
     code = os.waitstatus_to_exitcode(status)
-    try:
+    with suppress(ValueError):
         return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
+    return f"signal {-code}"
 
 
 def wait_for(event: int, seconds: float | None, *files: int) -> bool:
@@ -515,11 +511,10 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 
 
 def main() -> None:
-    """Do what the command line says, here and in every process that is forked meanwhile.
+    """Do what the command line says; and, in each process that is forked meanwhile, what that one is to do.
 
-    In a process that has just been forked, what forked it returns the new one's life to here; so no child runs on its
-    parent's stack.  At the end of a life the interpreter does what it does for any program; but os._exit(), registered
-    first with atexit and so called last, spares the time in which it would take every module apart.
+    What has forked returns the child's life to here, so that no child runs on its parent's stack.  At the end of a life
+    the interpreter does what it does for any program, except taking every module apart: os._exit() is called before.
     """
     # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
     while os.open(os.devnull, os.O_RDWR) < 2:
@@ -533,15 +528,12 @@ def main() -> None:
         while life:
             life = life()
         return
-    except Failure as why:
-        message, exit_status = str(why), why.exit_status
-    except KeyboardInterrupt:
-        message, exit_status = "interrupted", 1
+    except (Failure, KeyboardInterrupt) as why:
+        log(f"{PROGRAM}: {printable(str(why) or 'interrupted')}\n")  # to standard error, or the launcher
+        os._exit(why.exit_status if isinstance(why, Failure) else 1)
     except Exception as why:  # a fault of this program
         log(traced("Process Failed:", why))
         os._exit(1)
-    log(f"{PROGRAM}: {printable(message)}\n")  # to standard error, or the launcher
-    os._exit(exit_status)
 
 
 def parse_command_line() -> Life:
@@ -693,8 +685,7 @@ def await_start(manager: socket.socket) -> None:
 
 def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
     """Return the listening socket, and whether it is ours, not systemd's (sd_listen_fds(3)).  Raise Failure."""
-    names = ("FDS", "PID", "FDNAMES", "PIDFDID")  # none of which is for the handler
-    handed_over, for_whom, *_ = (os.environ.pop(f"LISTEN_{name}", "") for name in names)
+    handed_over, for_whom, *_ = (os.environ.pop(f"LISTEN_{each}", "") for each in ("FDS", "PID", "FDNAMES", "PIDFDID"))
     if handed_over and for_whom == str(os.getpid()):
         if handed_over != "1":
             raise Failure(f"cannot use LISTEN_FDS: expected one socket, not {handed_over}; use one ListenStream=")
@@ -1225,10 +1216,9 @@ Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a
 class Keeper:
     """The process that keeps every client which would make a worker wait, and passes whole texts to the workers.
 
-    Discussion.  A conversation is a generator that reads from top to bottom; where it would block, it yields what it
-    waits for, and the loop goes on with other clients.  At a stop the keeper shuts down its end of the channel to the
-    workers as soon as no text can become whole any more; they leave at that end-of-file, and theirs tells the keeper
-    that no more replies come.
+    A conversation is a generator that reads from top to bottom; where it would block, it yields what it waits for, and
+    the loop goes on with other clients.  At a stop the keeper shuts down its end of the channel to the workers as soon
+    as no text can become whole any more; they leave at that, and the end of theirs says that no more replies come.
     """
 
     CLIENTS, BYTES = range(2)  # numbers that it shares with the manager
@@ -1386,8 +1376,10 @@ class Keeper:
 
     def advance(self, client: Client) -> None:
         """Let the client's conversation go on until it waits again, or ends."""
+        if not client.conversation:
+            return  # it has been dropped meanwhile
         try:
-            wait = next(client.conversation, None) if client.conversation else None
+            wait = next(client.conversation, None)
         except Exception as why:  # a fault of this program is not the other clients' fault
             log(traced("Conversation Failed:", why))
             wait = None
@@ -1501,16 +1493,16 @@ def fault_of(handler: Any) -> str:
         return "is not there"
     if isinstance(handler, type) or not callable(handler):
         return "is not a function"
-    for fault, test in (("is async", inspect.iscoroutinefunction), ("is async", inspect.isasyncgenfunction),
-                        ("is a generator function", inspect.isgeneratorfunction)):
-        if test(handler) or test(type(handler).__call__):
-            return fault
-    try:
-        inspect.signature(handler).bind("")
-    except TypeError:
-        return "cannot be called with one text"
-    except ValueError:  # some built-in functions do not tell
-        pass
+    for function in (handler, type(handler).__call__):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            return "is async"
+        if inspect.isgeneratorfunction(function):
+            return "is a generator function"
+    with suppress(ValueError):  # some built-in functions do not tell
+        try:
+            inspect.signature(handler).bind("")
+        except TypeError:
+            return "cannot be called with one text"
     return ""
 
 
@@ -1729,8 +1721,7 @@ class Worker:
         end = time.monotonic() + GREED
         while True:
             try:
-                # _accept() and SocketType are worth a tenth: accept() converts two enumerations, and asks the kernel
-                # for the address a second time.
+                # Worth a tenth: accept() converts two enumerations, and asks the kernel for the address once more.
                 descriptor, address = self.listener._accept()  # type: ignore[attr-defined]
             except (BlockingIOError, ConnectionAbortedError):
                 return
@@ -1747,14 +1738,11 @@ class Worker:
 
     def take_text(self) -> None:
         """Take a client whose text is whole from the keeper, and answer it."""
-        try:
-            client = Client.receive(self.from_keeper)
-        except BlockingIOError:
-            return
-        if client:
-            self.serve(client, Client.take_data)
-        else:  # the service stops, and no more texts come
-            self.leaving = True
+        with suppress(BlockingIOError):
+            if client := Client.receive(self.from_keeper):
+                self.serve(client, Client.take_data)
+            else:  # the service stops, and no more texts come
+                self.leaving = True
 
     def serve(self, client: Client, get_text: Callable[[Client], bytearray | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
@@ -1891,10 +1879,7 @@ def write_files(at_end: bool = True) -> None:
 
 
 def disown() -> None:
-    """Let no worker clean up what the import has created, and others use, such as temporary directories.
-
-    There is no public way to it.
-    """
+    """Let no worker clean up what the import has created, such as temporary directories.  No public way does it."""
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
