@@ -882,14 +882,16 @@ class Manager:
         gc.freeze()  # a collection would touch, and so copy, memory that all processes share
         while self.phase is not Phase.STOPPING or self.generations or self.keeper.pid:
             self.announce()
-            if child := self.fork_missing():
-                return child
+            if life := self.fork_missing():
+                return life
             talking = [generation.channel for generation in self.in_state(State.LOADING)]
             signals = self.signals.wait(None if self.phase is Phase.SERVING and self.keeper.pid else TICK,
                                         *talking, *([self.terminal] if self.has_launcher else []))
             self.read_messages()
             self.reap()
-            self.kill_overdue()
+            for child in (self.keeper, *self.generations):
+                if child.pid and time.monotonic() >= child.kill_at:
+                    kill_group(child.pid)
             for signum in signals:
                 match signum:
                     case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT:
@@ -940,22 +942,25 @@ class Manager:
             return None
         try:
             if not self.keeper.pid and now >= self.keeper.forked_at + RESPAWN_DELAY:
-                keeper, channels, settings = Child(2), self.channels, self.settings
-                self.keeper = keeper
-                if keeper.fork():
-                    return lambda: Keeper(channels, keeper, settings).run()
+                self.keeper = Child(2)
+                if self.keeper.fork():
+                    return lambda: Keeper(self.channels, self.keeper, self.settings).run()
             if self.in_state(State.LOADING) or len(self.generations) == 2:
                 return None
-            if asked_for:
-                return self.begin_reload()
-            if not self.in_state(State.SERVING) and now >= self.not_before:
-                return self.fork_generation(self.settings, asked_for=False)
+            if asked_for or (not self.in_state(State.SERVING) and now >= self.not_before):
+                settings = self.begin_reload() if asked_for else self.settings
+                log(record("*", f"Manager Process ID: {os.getpid()}"))
+                self.born += 1
+                generation = Generation(self.born, settings, asked_for)
+                if generation.fork():
+                    return lambda: load_generation(generation)
+                self.generations.append(generation)
         except Failure as why:
             self.loading_failed(str(why), asked_for)
         return None
 
-    def begin_reload(self) -> Life | None:
-        """Read the configuration anew, open the log anew, and fork the next generation.  Raise Failure."""
+    def begin_reload(self) -> Settings:
+        """Return the settings of the next generation.  Raise Failure."""
         self.reload_wanted = False
         if self.phase is Phase.SERVING:
             self.phase = Phase.CHANGING
@@ -966,16 +971,7 @@ class Manager:
         fixed = {key: getattr(running, key) for key in FIXED if getattr(new, key) != getattr(running, key)}
         if fixed:
             log(record("*", f"Needs a Restart: {', '.join(fixed)}"))
-        return self.fork_generation(replace(new, **fixed), asked_for=True)
-
-    def fork_generation(self, settings: Settings, asked_for: bool) -> Life | None:
-        log(record("*", f"Manager Process ID: {os.getpid()}"))
-        self.born += 1
-        generation = Generation(self.born, settings, asked_for)
-        if generation.fork():
-            return lambda: load_generation(generation)
-        self.generations.append(generation)
-        return None
+        return replace(new, **fixed)
 
     def read_messages(self) -> None:
         if self.has_launcher and readable(self.terminal, 0):
@@ -1060,11 +1056,6 @@ class Manager:
         """Kill a generation that is loading, with all that its module has started: there is nothing in it to save."""
         generation.state = State.LEAVING
         kill_group(generation.pid)
-
-    def kill_overdue(self) -> None:
-        for child in (self.keeper, *self.generations):
-            if child.pid and time.monotonic() >= child.kill_at:
-                kill_group(child.pid)
 
     def stop(self, failure: str = "") -> None:
         """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
@@ -1190,13 +1181,6 @@ def receive(connection: socket.SocketType) -> bytes | None:
         return None
 
 
-def silence_allowed(text: bytearray) -> float:
-    """Return the seconds of silence after which TEXT is taken to be whole."""
-    if not 0 < len(text) <= OPEN_SIDE_BYTES:
-        return math.inf
-    return 0.1 if text.endswith(b"\n") else 1.0
-
-
 def refuse(client: Client, reason: str) -> None:
     """Give CLIENT an error as its reply, and log it."""
     log(record("-", f"Client: {client.name}; Refused: {reason}."))
@@ -1317,7 +1301,9 @@ class Keeper:
             while True:
                 if len(text) > self.settings.max_text:
                     raise Failure(f"text longer than {self.settings.max_text} bytes")
-                quiet_at = silent_since + silence_allowed(text)
+                quiet_at = math.inf
+                if 0 < len(text) <= OPEN_SIDE_BYTES:
+                    quiet_at = silent_since + (0.1 if text.endswith(b"\n") else 1.0)
                 yield IN, min(until, self.end_by, quiet_at), len(text)
                 if piece := receive(client.connection):
                     text += piece
