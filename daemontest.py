@@ -17,8 +17,7 @@ Signals to the manager:  TERM, INT, QUIT   stop gracefully
                          USR1              log the status
 Signals to a worker:     TERM              finish the request in hand, exit, be replaced
 
-Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usage,
-3 --status and not running.
+Exit status: 0 done, 1 failed (one line on standard error says why), 2 wrong usage, 3 --status and not running.
 """
 
 from __future__ import annotations
@@ -107,14 +106,11 @@ def log_to(file: int) -> None:
 
 
 def log(records: str) -> None:
-    """Write RECORDS at once, cut in the middle to PIPE_BUF bytes, within which also a pipe keeps them whole (pipe(7)).
-
-    A log that cannot be written costs records, never service.
-    """
+    """Write RECORDS at once, cut in the middle to PIPE_BUF bytes, which even a pipe keeps whole (pipe(7))."""
     while len(data := records.encode(errors="backslashreplace")) > select.PIPE_BUF:
         part = len(records) * 3 // 8
         records = f"{records[:part]}\n    ...\n    {records[-part:]}"
-    with suppress(OSError):
+    with suppress(OSError):  # a full disk costs records, never service
         os.write(2, data)
 
 
@@ -126,7 +122,6 @@ def record(mark: str, message: str, pid: int = 0) -> str:
 
 @functools.lru_cache(maxsize=1)  # many records share a second
 def timestamp(second: int) -> str:
-    """Return the time of a record, with a place for the milliseconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%S.%%03d%z", time.localtime(second))
 
 
@@ -186,16 +181,15 @@ class Printed(io.FileIO):
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
-    """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)).
+    """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)), exclusively.
 
-    A PID stands in the file only while the process that it names holds the lock exclusively; so a leftover file is never
-    in the way.  Commands that only ask take the lock shared, for a moment.  Beside the file stands a line on reloads, for
-    --reload to read.
+    Only meanwhile a PID stands in it, so a leftover file is never in the way.  Commands that only ask take the lock
+    shared, for a moment.  A file beside it tells --reload how reloads went.
     """
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.lock = self.line = -1  # the manager's descriptors of the file, and of the line on reloads
+        self.lock = self.line = -1  # the manager's descriptors of the file, and of the one beside it
         self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
 
     def open_for(self, flags: int, path: str = "") -> int:
@@ -272,8 +266,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     with suppress(ProcessLookupError):  # it has just ended
                         pid, owner = int(content), os.fstat(file.fileno()).st_uid
                         process = os.pidfd_open(pid)
-                        # Somebody else may have locked a leftover file.  Where /proc is hidden only one's own can be
-                        # signalled.
+                        # Somebody else may have locked a leftover file.  If /proc is hidden, only ours gets signals.
                         with suppress(FileNotFoundError):
                             if os.stat(f"/proc/{pid}").st_uid != owner:
                                 raise OSError(f"process {pid} does not belong to its owner")
@@ -325,13 +318,12 @@ def take_lock(file: int, kind: int) -> bool:
 
 # ---- Signals and processes ----------------------------------------------------------
 
-# What the manager's loop reads, what means nothing to the manager, and what means nothing to the others.  A worker also
-# takes TERM, and ALRM at the end of its handler's time.
+# What the manager's loop reads; what means nothing to it, or to the others; but a worker takes TERM, and ALRM as well.
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
-OTHERS_MEANINGLESS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-                      signal.SIGPIPE}
+OTHERS_MEANINGLESS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
 
+Handler = Callable[[str], str]
 Life = Callable[[], Any]  # what a process that has just been forked does; it returns the next one, or None
 
 
@@ -351,17 +343,13 @@ class Signals:
 
     def wait(self, seconds: float | None, *files: int) -> list[int]:
         """Wait for a signal, or for something to read from FILES, at most SECONDS; return the signals, in order."""
-        poller = select.poll()
-        for file in (self.reading, *files):
-            poller.register(file, select.POLLIN)
-        poller.poll(None if seconds is None else math.ceil(seconds * 1000))
+        wait_for(select.POLLIN, seconds, self.reading, *files)
         return self.take()
 
     def take(self) -> list[int]:
-        try:
+        with suppress(BlockingIOError):
             return list(os.read(self.reading, 65536))
-        except BlockingIOError:
-            return []
+        return []
 
 
 def handle_signals(handler: Any, signals: set[signal.Signals]) -> None:
@@ -381,8 +369,8 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def fork(signals: set[signal.Signals], *ends: int) -> int:
-    """Fork a process in which SIGNALS stay blocked until it is ready for them.  Raise Failure, having closed ENDS."""
+def fork(signals: set[signal.Signals]) -> int:
+    """Fork a process in which SIGNALS stay blocked until it is ready for them.  Raise Failure."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     pid = -1
     try:
@@ -391,17 +379,13 @@ def fork(signals: set[signal.Signals], *ends: int) -> int:
     finally:
         if pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        for end in ends if pid == -1 else ():
-            os.close(end)
     return pid
 
 
 def name_process(name: str) -> None:
     """Have ps(1) show NAME: at most 15 bytes (proc(5)), and no spaces, at which CPython splits /proc/self/stat."""
-    with suppress(OSError):
-        comm = os.open("/proc/self/comm", os.O_WRONLY)
-        os.write(comm, name.encode())
-        os.close(comm)
+    with suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as comm:
+        comm.write(name.encode())
 
 
 def begin_process(name: str, *files: int) -> None:
@@ -424,26 +408,21 @@ def kill_group(pid: int) -> None:
 def cause_of_death(status: int) -> str:
     """Return what a process died of: the name of the signal, or the exit status (waitpid(2))."""
     code = os.waitstatus_to_exitcode(status)
-    try:
+    with suppress(ValueError):
         return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
+    return f"signal {-code}"
 
 
-def wait_for(event: int, file: int, seconds: float | None = None) -> bool:
-    """Wait for an EVENT of poll(2), or the end, of FILE; return whether it came within SECONDS."""
+def wait_for(event: int, seconds: float | None, *files: int) -> bool:
+    """Wait for an EVENT of poll(2), or the end, of any of FILES; return whether it came within SECONDS."""
     poller = select.poll()  # select(2) takes no descriptor above 1023
-    poller.register(file, event)
+    for file in files:
+        poller.register(file, event)
     return bool(poller.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
 def readable(file: int, seconds: float | None = None) -> bool:
-    return wait_for(select.POLLIN, file, seconds)
-
-
-def shared_numbers(count: int) -> memoryview[float]:
-    """Return COUNT numbers in memory that this process shares with those that it forks."""
-    return memoryview(mmap.mmap(-1, 8 * count)).cast("d")
+    return wait_for(select.POLLIN, seconds, file)
 
 
 # ---- Settings -----------------------------------------------------------------------
@@ -489,6 +468,7 @@ class Settings:
 
 OPTIONS: dict[str, Field[Any]] = {each.name: each for each in fields(Settings) if each.metadata}
 FIXED = ("bind", "port", "pid_file")  # while the service runs
+Read = Callable[..., Settings]  # read_settings(), with what the command line says
 
 
 def fitting(name: str, value: Any, directory: str = STARTED_IN) -> Any:
@@ -508,10 +488,7 @@ def fitting(name: str, value: Any, directory: str = STARTED_IN) -> Any:
 
 
 def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) -> Settings:
-    """Merge the settings: command line over FILE over DEFAULTS over the built-in defaults.
-
-    Raise Failure, which names the file, the key and what is expected.
-    """
+    """Merge the settings: OPTIONS over FILE over DEFAULTS over the built-in defaults.  Raise Failure."""
     path = absolute("~/daemontest.toml" if file is None else file)
     values = defaults
     if file is not None or os.path.exists(path):
@@ -534,45 +511,33 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 
 
 def main() -> None:
-    """Do what the command line says, here and in every process that is forked meanwhile.
+    """Do what the command line says; and, in each process that is forked meanwhile, what that one is to do.
 
-    In a process that has just been forked, what forked it returns the new one's life to here; so no child runs on its
-    parent's stack.  At the end of a life the interpreter does what it does for any program; but os._exit(), registered
-    first with atexit and so called last, spares the time in which it would take every module apart.
+    What has forked returns the child's life to here, so that no child runs on its parent's stack.  At the end of a life
+    the interpreter does what it does for any program, except taking every module apart: os._exit() is called before.
     """
-    open_standard_streams()
-    action, file, options = parse_command_line()
-    atexit.register(os._exit, 0)
-    try:
-        life: Life | None = functools.partial(action, file, options)
-        while life:
-            life = life()
-        return
-    except Failure as why:
-        message, exit_status = str(why), why.exit_status
-    except KeyboardInterrupt:
-        message, exit_status = "interrupted", 1
-    except Exception as why:  # a fault of this program
-        log(traced("Process Failed:", why))
-        os._exit(1)
-    log(f"{PROGRAM}: {printable(message)}\n")  # to standard error, or the launcher
-    os._exit(exit_status)
-
-
-def open_standard_streams() -> None:
-    """Open those of descriptors 0 to 2 that the parent left closed, before other files take their places."""
+    # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
     while os.open(os.devnull, os.O_RDWR) < 2:
         pass
     for number, name in enumerate(("stdin", "stdout", "stderr")):  # which DaemonContext expects to be there
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    life: Life | None = parse_command_line()
+    atexit.register(os._exit, 0)
+    try:
+        while life:
+            life = life()
+        return
+    except (Failure, KeyboardInterrupt) as why:
+        log(f"{PROGRAM}: {printable(str(why) or 'interrupted')}\n")  # to standard error, or the launcher
+        os._exit(why.exit_status if isinstance(why, Failure) else 1)
+    except Exception as why:  # a fault of this program
+        log(traced("Process Failed:", why))
+        os._exit(1)
 
 
-Action = Callable[[str | None, dict[str, Any]], "Life | None"]
-
-
-def parse_command_line() -> tuple[Action, str | None, dict[str, Any]]:
-    """Return the action, the name of the configuration file, and those settings that are given."""
+def parse_command_line() -> Life:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage="%(prog)s [-f | -t | --reload | --status | --check] [-c FILE] [SETTING ...]",
         description="A pre-forking TCP service, text in, text out. Without an action it starts in the background.",
@@ -598,7 +563,7 @@ def parse_command_line() -> tuple[Action, str | None, dict[str, Any]]:
             parser.error(f"--{name.replace('_', '-')}: {why}")
     if action in (terminate, reload, status) and (unheard := options.keys() - {"pid_file"}):
         parser.error(f"--{min(unheard).replace('_', '-')} does not reach the running service: configure it")
-    return action, file, options
+    return functools.partial(action, functools.partial(read_settings, file=file, options=options))
 
 
 def say(outcome: str) -> None:
@@ -607,37 +572,37 @@ def say(outcome: str) -> None:
         print(outcome, flush=True)
 
 
-def status(file: str | None, options: dict[str, Any]) -> None:
+def status(read: Read) -> None:
     """print the process ID of the running service, or exit with 3"""
-    say(str(pid_file_to_ask(file, options).signal_manager(0, exit_status=3)[0]))
+    say(str(pid_file_to_ask(read).signal_manager(0, exit_status=3)[0]))
 
 
-def terminate(file: str | None, options: dict[str, Any]) -> None:
+def terminate(read: Read) -> None:
     """stop the service gracefully; return when all its processes are gone"""
-    pid, process = pid_file_to_ask(file, options).signal_manager(signal.SIGTERM)
+    pid, process = pid_file_to_ask(read).signal_manager(signal.SIGTERM)
     readable(process)
     say(f"{PROGRAM} {pid} Server terminated.")
 
 
-def reload(file: str | None, options: dict[str, Any]) -> None:
+def reload(read: Read) -> None:
     """have the service reload; return when only the new code runs"""
-    say(f"{PROGRAM}: {pid_file_to_ask(file, options).ask_for_reload()} reloaded")
+    say(f"{PROGRAM}: {pid_file_to_ask(read).ask_for_reload()} reloaded")
 
 
-def pid_file_to_ask(file: str | None, options: dict[str, Any]) -> PidFile:
+def pid_file_to_ask(read: Read) -> PidFile:
     """Return the running service's PID file, also if its configuration has broken since the start."""
     try:
-        return PidFile(read_settings(file, options).pid_file)
+        return PidFile(read().pid_file)
     except Failure:
-        pid_file = PidFile(read_settings(os.devnull, options).pid_file)
+        pid_file = PidFile(read(file=os.devnull).pid_file)
         if pid_file.find_manager() is None:
             raise
         return pid_file
 
 
-def check(file: str | None, options: dict[str, Any]) -> None:
+def check(read: Read) -> None:
     """check the configuration and the handler; start nothing"""
-    settings = read_settings(file, options)
+    settings = read()
     try:
         load_handler(settings)
     except Failure as why:
@@ -654,33 +619,27 @@ def check(file: str | None, options: dict[str, Any]) -> None:
 UMASK = 0o027
 
 
-def background(file: str | None, options: dict[str, Any]) -> Life | None:
+def background(read: Read) -> Life | None:
     """start detached; return when the service answers"""
-    return start(functools.partial(read_settings, file, options), detach=True)
+    return start(read, detach=True)
 
 
-def foreground(file: str | None, options: dict[str, Any]) -> Life | None:
+def foreground(read: Read) -> Life | None:
     """serve without detaching, until a signal such as Ctrl-C"""
-    return start(functools.partial(read_settings, file, options, log_file=""), detach=False)
+    return start(functools.partial(read, log_file=""), detach=False)
 
 
-def start(read: Callable[[], Settings], detach: bool) -> Life | None:
+def start(read: Read, detach: bool) -> Life | None:
     """Check, claim, listen, detach; return the manager's life, or the launcher's.  Raise Failure, and leave nothing."""
-    # Check.
     settings = read()
-
-    # Claim.
     os.umask(UMASK)
     signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)  # until the manager is ready for them
     pid_file = PidFile(settings.pid_file)
     pid_file.claim()
     terminal = os.dup(2)  # where the outcome of the start goes
     try:
-        # Listen.
         channels = Channels(*open_listener(settings))
         log_file = open_log(settings.log_file)
-
-        # Detach.
         if detach:
             with failing_to("start"):
                 launchers_end, managers_end = socket.socketpair()
@@ -704,23 +663,17 @@ def start(read: Callable[[], Settings], detach: bool) -> Life | None:
         pid_file.release()
         os.dup2(terminal, 2)
         raise
-
-    # Serve.
     return Manager(read, settings, pid_file, channels, terminal, detach).run
 
 
 def await_start(manager: socket.socket) -> None:
-    """Wait, as the launcher, for the outcome of the start, and print it.  Raise Failure.
-
-    The manager writes the line to be printed and, if it has started, "ready"; while it starts, it stops when the
-    launcher's end of the connection has ended.
-    """
+    """Wait, as the launcher, for the manager's line, and "ready" if it has started; print it, or raise Failure."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
     try:
         told = manager.recv(65536)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        manager.shutdown(socket.SHUT_WR)
+        manager.shutdown(socket.SHUT_WR)  # at which the manager stops
         told = manager.recv(65536)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line, _, ready = told.decode(errors="replace").removeprefix(f"{PROGRAM}: ").partition("\n")
@@ -732,8 +685,7 @@ def await_start(manager: socket.socket) -> None:
 
 def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
     """Return the listening socket, and whether it is ours, not systemd's (sd_listen_fds(3)).  Raise Failure."""
-    names = ("FDS", "PID", "FDNAMES", "PIDFDID")  # none of which is for the handler
-    handed_over, for_whom, *_ = (os.environ.pop(f"LISTEN_{name}", "") for name in names)
+    handed_over, for_whom, *_ = (os.environ.pop(f"LISTEN_{each}", "") for each in ("FDS", "PID", "FDNAMES", "PIDFDID"))
     if handed_over and for_whom == str(os.getpid()):
         if handed_over != "1":
             raise Failure(f"cannot use LISTEN_FDS: expected one socket, not {handed_over}; use one ListenStream=")
@@ -771,10 +723,7 @@ def somebody_listens(port: int) -> bool:
 
 
 class Channels:
-    """The descriptors by which manager, keeper and workers work together.  Only the manager makes them, so they last.
-
-    Most orders are an end-of-file: a process closes its end, or is killed, and the other side sees it.
-    """
+    """The descriptors that manager, keeper and workers share.  Only the manager makes them, so they last."""
 
     def __init__(self, listener: socket.socket, listener_is_ours: bool) -> None:
         listener.setblocking(False)
@@ -783,9 +732,7 @@ class Channels:
         # Clients on their way from the workers to the keeper, and, when their texts are whole, on their way back.
         slow_in, slow_out = seqpacket_pair()
         whole_in, whole_out = seqpacket_pair()
-        # Nobody ever writes to this.  It ends when the service stops or the manager, which alone has the writing end,
-        # has been killed.
-        stopping_in, stopping_out = os.pipe()
+        stopping_in, stopping_out = os.pipe()  # which nobody writes to: it ends when the manager stops, or is killed
         self.of_keeper = self.listener, slow_in, whole_out
         self.of_workers = self.listener, slow_out, whole_in, stopping_in
         self.all = {*self.of_keeper, *self.of_workers, stopping_out}
@@ -793,11 +740,6 @@ class Channels:
     def close(self) -> None:
         for end in self.all:
             os.close(end)
-
-    def defer_accept(self, seconds: float) -> None:
-        """Have the kernel keep silent clients for so long or somewhat longer (tcp(7))."""
-        with socket.socket(fileno=os.dup(self.listener)) as listener:
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(seconds))
 
     def stop_listening(self) -> None:
         """Listen no more, even if processes that a handler has forked still hold the socket open."""
@@ -840,59 +782,64 @@ MARGIN = 2.0  # s after the grace in which keeper and generation can exit by the
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
 
-
-# What the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at END_BY it is
-# killed.
+# What a slot of the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at
+# END_BY it is killed.  SLOT numbers fill a line of the processor's cache, so that no two processes write to the same.
 STATE, PID, CALLED, SERVED, END_BY = range(5)
-# Its STATE: ENDING accepts no more, but has its handler or exit functions to finish; of ENDED nothing is left but to
-# reap it.
+SLOT = 8
+# Its STATE: ENDING still has its handler or exit functions to finish; of ENDED nothing is left but to reap it.
 VACANT, STARTING, SERVING, ENDING, ENDED = range(5)
-
-
-
-def new_scoreboard(workers: int) -> list[memoryview[float]]:
-    """Return slots in memory that a generation, its workers and the manager share: for those that serve and that end."""
-    line = 8  # numbers, a line of the processor's cache, so that no two processes write to the same
-    numbers = shared_numbers(line * 2 * workers)
-    return [numbers[start:start + line] for start in range(0, len(numbers), line)]
 
 
 def in_state(slots: list[memoryview[float]], *states: int) -> list[memoryview[float]]:
     return [slot for slot in slots if slot[STATE] in states]
 
 
-class Generation:
-    """What the manager knows of a generation."""
+class Child:
+    """What the manager knows of the keeper, or of a generation."""
 
+    def __init__(self, numbers: int) -> None:
+        self.numbers = memoryview(mmap.mmap(-1, 8 * numbers)).cast("d")  # in memory that it shares with the child
+        self.pid = 0
+        self.forked_at = -math.inf
+        self.kill_at = math.inf
+        self.channel = self.childs_end = -1
+        self.files: list[int] = []  # that are the manager's own; the end of the channel is the order to stop
+
+    def fork(self) -> bool:
+        """Fork it; return whether this is the child.  Raise Failure."""
+        self.forked_at = time.monotonic()
+        with failing_to("connect processes"):
+            self.channel, self.childs_end = seqpacket_pair()
+        self.files.append(self.channel)
+        try:
+            self.pid = fork(MANAGER_SIGNALS)
+        except Failure:
+            os.close(self.childs_end)
+            self.close()
+            raise
+        if self.pid:
+            os.close(self.childs_end)
+            with suppress(OSError):  # it has done so itself
+                os.setpgid(self.pid, self.pid)
+        return not self.pid
+
+    def close(self) -> None:
+        for file in self.files:
+            os.close(file)
+        self.files.clear()
+
+
+class Generation(Child):
     def __init__(self, number: int, settings: Settings, asked_for: bool) -> None:
+        super().__init__(SLOT * 2 * settings.workers)  # for those that serve and those that end
+        self.board = [self.numbers[start:start + SLOT] for start in range(0, len(self.numbers), SLOT)]
         self.number, self.settings = number, settings
         self.asked_for = asked_for  # by a reload whose outcome is not told yet
         self.log_file = open_log(settings.log_file)  # anew, so that logrotate works
-        self.board = new_scoreboard(settings.workers)
-        self.channel, self.generations_end = seqpacket_pair()
-        self.pid = 0
+        self.files.append(self.log_file)
         self.state = State.LOADING
         self.since = 0.0  # when its workers were up (time.time())
         self.note = ""  # on the failure of its successor
-        self.kill_at = math.inf
-
-    def close(self) -> None:
-        """Close the manager's end of the channel: the order to stop."""
-        if self.channel != -1:
-            os.close(self.channel)
-            os.close(self.log_file)
-        self.channel = -1
-
-
-class KeeperRecord:
-    """What the manager knows of the keeper."""
-
-    def __init__(self) -> None:
-        self.pid = 0
-        self.orders = -1  # by which it gets the log of a reload; the end of it is the order to stop
-        self.numbers = shared_numbers(5)
-        self.not_before = 0.0  # when the next one may be forked
-        self.kill_at = math.inf
 
 
 #   What becomes of a generation
@@ -909,14 +856,14 @@ class KeeperRecord:
 class Manager:
     """Keeps a keeper and a generation alive.  It runs nobody else's code, and so can always recover."""
 
-    def __init__(self, read: Callable[[], Settings], settings: Settings, pid_file: PidFile, channels: Channels,
+    def __init__(self, read: Read, settings: Settings, pid_file: PidFile, channels: Channels,
                  terminal: int, has_launcher: bool) -> None:
         self.read, self.settings, self.pid_file, self.channels = read, settings, pid_file, channels
         self.terminal = terminal  # where an error goes: the launcher, or standard error with -f
         self.has_launcher = has_launcher  # which waits for the outcome of the start
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         self.signals = Signals()
-        self.keeper = KeeperRecord()
+        self.keeper = Child(2)
         self.generations: list[Generation] = []  # two at the most
         self.born = 0  # generations so far
         self.phase = Phase.STARTING
@@ -936,16 +883,16 @@ class Manager:
         gc.freeze()  # a collection would touch, and so copy, memory that all processes share
         while self.phase is not Phase.STOPPING or self.generations or self.keeper.pid:
             self.announce()
-            if child := self.fork_missing():
-                return child
-
+            if life := self.fork_missing():
+                return life
             talking = [generation.channel for generation in self.in_state(State.LOADING)]
             signals = self.signals.wait(None if self.phase is Phase.SERVING and self.keeper.pid else TICK,
                                         *talking, *([self.terminal] if self.has_launcher else []))
-
             self.read_messages()
             self.reap()
-            self.kill_overdue()
+            for child in (self.keeper, *self.generations):
+                if child.pid and time.monotonic() >= child.kill_at:
+                    kill_group(child.pid)
             for signum in signals:
                 match signum:
                     case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT:
@@ -954,12 +901,12 @@ class Manager:
                         self.stop(f"cannot start: caught {name}" if self.has_launcher else "")
                     case signal.SIGHUP:
                         log(record("*", "Caught SIGHUP"))
-                        self.reload()
+                        self.reload_wanted = True
+                        for generation in self.in_state(State.LOADING):  # it begins afresh
+                            self.kill(generation)
                     case signal.SIGUSR1:
                         self.log_status()
-
-        # However the service ends, this is where the PID file goes: when nobody listens any more.
-        self.pid_file.release()
+        self.pid_file.release()  # now that nobody listens any more
         log(record("*", "Server Terminated."))
         os.dup2(self.terminal, 2)
         if self.failure:
@@ -971,13 +918,12 @@ class Manager:
 
     def announce(self) -> None:
         """Tell all who wait when one generation serves, and no other is left."""
-        if self.phase not in (Phase.STARTING, Phase.CHANGING) or len(self.generations) != 1:
+        if (self.phase not in (Phase.STARTING, Phase.CHANGING)
+                or [generation.state for generation in self.generations] != [State.SERVING]):
             return
         serving, workers = self.generations[0], self.settings.workers
-        if serving.state is not State.SERVING:
-            return
-        since = time.strftime("%H:%M:%S", time.localtime(serving.since))
-        self.notify(f"{workers} workers, generation {serving.number} since {since}{serving.note}",
+        since = time.strftime("since %T", time.localtime(serving.since))
+        self.notify(f"{workers} workers, generation {serving.number} {since}{serving.note}",
                     f"READY=1\nMAINPID={os.getpid()}\n")
         if serving.asked_for:
             serving.asked_for = False
@@ -996,55 +942,37 @@ class Manager:
         if self.phase is Phase.STOPPING:
             return None
         try:
-            if not self.keeper.pid and now >= self.keeper.not_before and (child := self.fork_keeper()):
-                return child
+            if not self.keeper.pid and now >= self.keeper.forked_at + RESPAWN_DELAY:
+                self.keeper = Child(2)
+                if self.keeper.fork():
+                    return lambda: Keeper(self.channels, self.keeper, self.settings).run()
             if self.in_state(State.LOADING) or len(self.generations) == 2:
                 return None
-            if asked_for:
-                return self.begin_reload()
-            if not self.in_state(State.SERVING) and now >= self.not_before:
-                return self.fork_generation(self.settings, asked_for=False)
+            if asked_for or (not self.in_state(State.SERVING) and now >= self.not_before):
+                settings = self.begin_reload() if asked_for else self.settings
+                log(record("*", f"Manager Process ID: {os.getpid()}"))
+                self.born += 1
+                generation = Generation(self.born, settings, asked_for)
+                if generation.fork():
+                    return lambda: load_generation(generation)
+                self.generations.append(generation)
         except Failure as why:
             self.loading_failed(str(why), asked_for)
         return None
 
-    def fork_keeper(self) -> Life | None:
-        keeper, channels = self.keeper, self.channels
-        keeper.not_before = time.monotonic() + RESPAWN_DELAY
-        keeper.orders, keepers_end = seqpacket_pair()
-        Keeper.configure(keeper.numbers, self.settings)
-        keeper.pid = fork(MANAGER_SIGNALS, keeper.orders, keepers_end)
-        if not keeper.pid:
-            return lambda: Keeper(channels, keepers_end, keeper.numbers).run()
-        os.close(keepers_end)
-        return None
-
-    def begin_reload(self) -> Life | None:
-        """Read the configuration anew, open the log anew, and fork the next generation.  Raise Failure."""
+    def begin_reload(self) -> Settings:
+        """Return the settings of the next generation.  Raise Failure."""
         self.reload_wanted = False
         if self.phase is Phase.SERVING:
             self.phase = Phase.CHANGING
         self.pid_file.tell_reload()
-        now = time.monotonic_ns() // 1000
-        self.notify(f"loading generation {self.born + 1}", f"RELOADING=1\nMONOTONIC_USEC={now}\n")
+        self.notify(f"loading generation {self.born + 1}",
+                    f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\n")
         new, running = self.read(), self.settings
         fixed = {key: getattr(running, key) for key in FIXED if getattr(new, key) != getattr(running, key)}
         if fixed:
             log(record("*", f"Needs a Restart: {', '.join(fixed)}"))
-        return self.fork_generation(replace(new, **fixed), asked_for=True)
-
-    def fork_generation(self, settings: Settings, asked_for: bool) -> Life | None:
-        log(record("*", f"Manager Process ID: {os.getpid()}"))
-        self.born += 1
-        generation = Generation(self.born, settings, asked_for)
-        generation.pid = fork(MANAGER_SIGNALS, generation.channel, generation.generations_end)
-        if not generation.pid:
-            return lambda: Supervisor(generation).run()
-        os.close(generation.generations_end)
-        with suppress(OSError):  # it has done so itself
-            os.setpgid(generation.pid, generation.pid)
-        self.generations.append(generation)
-        return None
+        return replace(new, **fixed)
 
     def read_messages(self) -> None:
         if self.has_launcher and readable(self.terminal, 0):
@@ -1066,12 +994,12 @@ class Manager:
             last.state, last.kill_at = State.LEAVING, time.monotonic() + last.settings.grace + MARGIN
             send_message(last.channel, "drain")
         generation.state, generation.since = State.SERVING, time.time()
-        self.settings = generation.settings
+        self.settings = settings = generation.settings
         log_to(generation.log_file)
-        Keeper.configure(self.keeper.numbers, self.settings)
         if self.keeper.pid:
-            send_message(self.keeper.orders, "log", [2])
-        self.channels.defer_accept(self.settings.timeout)
+            send_message(self.keeper.channel, f"{settings.timeout} {settings.max_text} {settings.grace}", [2])
+        with socket.socket(fileno=os.dup(self.channels.listener)) as listener:  # keeps silent clients (tcp(7))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
 
     def loading_failed(self, why: str, asked_for: bool) -> None:
         """Tell whoever is concerned WHY the last generation did not come up."""
@@ -1096,9 +1024,8 @@ class Manager:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == self.keeper.pid:
                     self.reap_keeper(ended[1])
-                for generation in list(self.generations):
-                    if ended[0] == generation.pid:
-                        self.reap_generation(generation, ended[1])
+                for generation in [each for each in self.generations if each.pid == ended[0]]:
+                    self.reap_generation(generation, ended[1])
 
     def reap_keeper(self, status: int) -> None:
         keeper = self.keeper
@@ -1106,9 +1033,8 @@ class Manager:
             late = time.monotonic() >= keeper.kill_at
             end = "Killed. (still running after the grace" if late else f"Died. ({cause_of_death(status)}"
             log(record("*", f"Keeper Process {end}; {keeper.numbers[Keeper.CLIENTS]:.0f} clients lost)", keeper.pid))
-        if self.phase is not Phase.STOPPING:
-            os.close(keeper.orders)
-        keeper.pid, keeper.kill_at = 0, math.inf
+        keeper.close()
+        keeper.pid = 0
 
     def reap_generation(self, generation: Generation, status: int) -> None:
         self.read_messages()  # its last words
@@ -1132,12 +1058,6 @@ class Manager:
         generation.state = State.LEAVING
         kill_group(generation.pid)
 
-    def kill_overdue(self) -> None:
-        processes: list[KeeperRecord | Generation] = [self.keeper, *self.generations]
-        for process in processes:
-            if time.monotonic() >= process.kill_at:
-                kill_group(process.pid)
-
     def stop(self, failure: str = "") -> None:
         """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
         if self.phase is Phase.STOPPING:
@@ -1147,34 +1067,25 @@ class Manager:
         self.channels.stop_listening()
         self.channels.close()
         end = time.monotonic() + self.settings.grace + MARGIN
-        if self.keeper.pid:
-            os.close(self.keeper.orders)
-            self.keeper.kill_at = end
         for generation in self.generations:
             if generation.state is State.LOADING:
-                self.kill(generation)
-            elif generation.state is State.SERVING:
-                generation.state, generation.kill_at = State.LEAVING, end
-            generation.close()
-
-    def reload(self) -> None:
-        """Have the next generation begin; one that is still being loaded begins afresh."""
-        self.reload_wanted = True
-        for generation in self.in_state(State.LOADING):
-            self.kill(generation)
+                kill_group(generation.pid)
+            generation.state = State.LEAVING
+        for child in (self.keeper, *self.generations):
+            child.kill_at = min(child.kill_at, end)
+            child.close()
 
     def log_status(self) -> None:
-        keeper, now = self.keeper, time.monotonic()
-        if keeper.pid:
-            log(record("*", f"Status: keeper with {keeper.numbers[Keeper.CLIENTS]:.0f} clients, "
-                            f"{keeper.numbers[Keeper.BYTES]:.0f} bytes", keeper.pid))
+        if self.keeper.pid:
+            clients, held = self.keeper.numbers
+            log(record("*", f"Status: keeper with {clients:.0f} clients, {held:.0f} bytes", self.keeper.pid))
         for generation in self.generations:
             since = time.strftime(" since %FT%T", time.localtime(generation.since)) if generation.since else ""
             log(record("*", f"Status: generation {generation.number}, {generation.state.name.lower()}{since}, "
                             f"{generation.settings.workers} workers", generation.pid))
             for state, pid, called, served, *_ in generation.board:
                 if state != VACANT and pid:
-                    handler = f"handler running for {now - called:.1f} s" if called else "handler idle"
+                    handler = f"handler running for {time.monotonic() - called:.1f} s" if called else "handler idle"
                     ending = ", ending" if state >= ENDING else ""
                     log(record("*", f"Status: worker with {served:.0f} texts served, {handler}{ending}", int(pid)))
 
@@ -1211,8 +1122,8 @@ class Client:
         self.connection, self.name, self.half_closed = connection, name, half_closed
         self.is_reply, self.data, self.memfd = is_reply, data, memfd
         self.size = len(data) if memfd == -1 else os.fstat(memfd).st_size
-        # The keeper's: its conversation, what that waits for and until when, the bytes it holds meanwhile; and until when
-        # it is not dropped, since it reads its reply.
+        # The keeper's: its conversation, what that waits for and until when, the bytes it holds meanwhile; and until
+        # when it is not dropped, since it reads its reply.
         self.conversation: Iterator[Wait] | None = None
         self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
 
@@ -1282,13 +1193,6 @@ def receive(connection: socket.SocketType) -> bytes | None:
         return None
 
 
-def silence_allowed(client: Client) -> float:
-    """Return the seconds of silence after which the client's text is taken to be whole."""
-    if not 0 < client.size <= OPEN_SIDE_BYTES:
-        return math.inf
-    return 0.1 if client.data.endswith(b"\n") else 1.0
-
-
 def refuse(client: Client, reason: str) -> None:
     """Give CLIENT an error as its reply, and log it."""
     log(record("-", f"Client: {client.name}; Refused: {reason}."))
@@ -1301,9 +1205,7 @@ def refuse(client: Client, reason: str) -> None:
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
 SPARE_DESCRIPTORS = 32
 LINGER = 1.0  # s of silence after which a client that has its reply, but keeps its side open, is left
-# s after which, at a stop, workers bring no more texts that are not whole: they accept no more, and pass a client on
-# within milliseconds.  On a machine that does not run a worker for longer its client is dropped.
-LAST_CALL = 0.1
+LAST_CALL = 0.1  # s after which, at a stop, workers bring no more texts: they accept none, and pass on what they have
 
 Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a worker), until when, and the bytes held
 
@@ -1311,39 +1213,33 @@ Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a
 class Keeper:
     """The process that keeps every client which would make a worker wait, and passes whole texts to the workers.
 
-    Discussion.  A conversation is a generator that reads from top to bottom; where it would block, it yields what it
-    waits for, and the loop goes on with other clients.  At a stop the keeper shuts down its end of the channel to the
-    workers as soon as no text can become whole any more; they leave at that end-of-file, and theirs tells the keeper that
-    no more replies come.
+    A conversation is a generator that reads from top to bottom; where it would block, it yields what it waits for, and
+    the loop goes on with other clients.  At a stop the keeper shuts down its end of the channel to the workers as soon
+    as no text can become whole any more; they leave at that, and the end of theirs says that no more replies come.
     """
 
-    CLIENTS, BYTES, TIMEOUT, MAX_TEXT, GRACE = range(5)  # numbers that it shares with the manager
+    CLIENTS, BYTES = range(2)  # numbers that it shares with the manager
 
-    @classmethod
-    def configure(cls, numbers: memoryview[float], settings: Settings) -> None:
-        numbers[cls.TIMEOUT], numbers[cls.MAX_TEXT], numbers[cls.GRACE] = (
-            settings.timeout, settings.max_text, settings.grace)
-
-    def __init__(self, channels: Channels, orders: int, numbers: memoryview[float]) -> None:
-        """Be the keeper, in a process that the manager has just forked."""
-        begin_process("daemontest-keep", orders, *channels.of_keeper)
+    def __init__(self, channels: Channels, record: Child, settings: Settings) -> None:
+        begin_process("daemontest-keep", record.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         self.most_clients = max(limit - SPARE_DESCRIPTORS, limit // 2)
-        self.channels, self.orders, self.numbers = channels, orders, numbers
-        numbers[self.CLIENTS] = numbers[self.BYTES] = 0
+        self.channels, self.settings = channels, settings
+        self.orders, self.numbers = record.childs_end, record.numbers
         self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
         self.poller = select.epoll()
         self.clients: dict[int, Client] = {}  # by descriptor, those held longest first
         self.texts: deque[Client] = deque()  # whole ones that wait for a worker
         self.look_at = math.inf  # when some client may be late
         self.stopped_at = math.inf
+        self.end_by = math.inf  # clients are waited for at a stop: not as long as workers wait for us
         self.connected = True  # whether there are workers
 
     def run(self) -> None:
         log(record("*", "Keeper Process Started."))
-        for file in (self.from_workers.fileno(), self.orders):
-            self.poller.register(file, IN)
+        self.poller.register(self.from_workers, IN)
+        self.poller.register(self.orders, IN)
         self.poller.register(self.to_workers, select.EPOLLONESHOT)
         while not self.finished():
             look_in = max(0.0, self.look_at - time.monotonic()) if self.stopped_at == math.inf else TICK
@@ -1357,10 +1253,6 @@ class Keeper:
             self.advance_late()
             self.pass_texts_on()
         log(record("*", "Keeper Process Ended."))
-
-    def end_by(self) -> float:
-        """Return until when clients are waited for at a stop: not as long as the workers that wait for us."""
-        return self.stopped_at + 0.9 * self.numbers[self.GRACE]
 
     def finished(self) -> bool:
         """Return whether the service stops and no client is left; tell the workers when no more texts come."""
@@ -1385,26 +1277,29 @@ class Keeper:
                 log(record("-", f"Client Lost: {why.strerror}."))
                 self.drop(next(iter(self.clients.values())), "too many clients")
                 continue
-            if not client:
+            if client:
+                self.clients[client.connection.fileno()] = client
+                self.numbers[self.CLIENTS] += 1
+                client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
+                self.advance(client)
+            else:
                 self.poller.unregister(self.from_workers)
                 self.connected = False
-                return
-            self.clients[client.connection.fileno()] = client
-            self.numbers[self.CLIENTS] += 1
-            client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
-            self.advance(client)
             if len(self.clients) > self.most_clients:
                 self.drop(next(iter(self.clients.values())), "too many clients")
 
     def read_orders(self) -> None:
-        """Take the log of the generation that now serves; the end of the orders is the order to stop."""
-        _, files = receive_message(self.orders)
+        """Take settings and log of the generation that now serves; the end of the orders is the order to stop."""
+        message, files = receive_message(self.orders)
         if files:
+            timeout, max_text, grace = message.split()
+            self.settings = replace(self.settings, timeout=float(timeout), max_text=int(max_text), grace=float(grace))
             log_to(files[0])
             os.close(files[0])
             return
         self.poller.unregister(self.orders)
         self.stopped_at = time.monotonic()
+        self.end_by = self.stopped_at + 0.9 * self.settings.grace
         self.channels.stop_listening()
         for client in list(self.clients.values()):
             if client.events:
@@ -1413,25 +1308,29 @@ class Keeper:
     def receive(self, client: Client) -> Iterator[Wait]:
         """Receive the rest of a text, and have it wait for a worker; or refuse it."""
         silent_since = time.monotonic()
-        until = silent_since + self.numbers[self.TIMEOUT]
+        until = silent_since + self.settings.timeout
         try:
             if client.size <= LONG_BYTES:
                 client.data = bytearray(client.take_data())
             while True:
-                if client.size > self.numbers[self.MAX_TEXT]:
-                    raise Failure(f"text longer than {self.numbers[self.MAX_TEXT]:.0f} bytes")
-                yield IN, min(until, self.end_by(), silent_since + silence_allowed(client)), client.size
-                while (piece := receive(client.connection)) and client.size <= self.numbers[self.MAX_TEXT]:
+                if client.size > self.settings.max_text:
+                    raise Failure(f"text longer than {self.settings.max_text} bytes")
+                before, quiet_at = client.size, math.inf
+                if 0 < before <= OPEN_SIDE_BYTES:
+                    quiet_at = silent_since + (0.1 if client.data.endswith(b"\n") else 1.0)
+                yield IN, min(until, self.end_by, quiet_at), before
+                while (piece := receive(client.connection)) and client.size <= self.settings.max_text:
                     client.append(piece)
-                    silent_since = time.monotonic()
                 now = time.monotonic()
+                if client.size > before:
+                    silent_since, quiet_at = now, math.inf
                 client.half_closed = piece == b""
-                if client.half_closed or (not piece and now >= silent_since + silence_allowed(client)):
+                if client.half_closed or now >= quiet_at:
                     break
                 if not client.size and now >= min(until, self.stopped_at):
                     return
-                if not piece and now >= min(until, self.end_by()):
-                    raise Failure(f"text not ended within {self.numbers[self.TIMEOUT]:g} s")
+                if not piece and now >= min(until, self.end_by):
+                    raise Failure(f"text not ended within {self.settings.timeout:g} s")
         except (Failure, MemoryError) as why:
             client.forget_data()
             refuse(client, str(why) or "not enough memory")
@@ -1449,23 +1348,23 @@ class Keeper:
 
         To close with data unread resets the connection (RFC 2525, 2.17), and can destroy the reply in flight.
         """
-        until, sent, size = time.monotonic() + self.numbers[self.TIMEOUT], 0, client.size
+        until, sent, size = time.monotonic() + self.settings.timeout, 0, client.size
         try:
             while sent < size:
                 client.reads_until = time.monotonic() + 1.0
-                yield OUT, min(until, self.end_by()), size - sent
+                yield OUT, min(until, self.end_by), size - sent
                 try:
                     sent += (client.connection.send(client.data[sent:]) if client.memfd == -1 else
                              os.sendfile(client.connection.fileno(), client.memfd, sent, size - sent))
                 except BlockingIOError:
-                    if time.monotonic() >= min(until, self.end_by()):
+                    if time.monotonic() >= min(until, self.end_by):
                         raise TimeoutError("timed out") from None
             if client.half_closed:
                 return
             client.connection.shutdown(socket.SHUT_WR)
             quiet_at = time.monotonic() + LINGER
-            while time.monotonic() < min(until, self.end_by(), quiet_at):
-                yield IN, min(until, self.end_by(), quiet_at), 0
+            while time.monotonic() < min(until, self.end_by, quiet_at):
+                yield IN, min(until, self.end_by, quiet_at), 0
                 if piece := receive(client.connection):
                     quiet_at = time.monotonic() + LINGER
                 elif piece is not None:
@@ -1475,8 +1374,10 @@ class Keeper:
 
     def advance(self, client: Client) -> None:
         """Let the client's conversation go on until it waits again, or ends."""
+        if not client.conversation:
+            return  # it has been dropped meanwhile
         try:
-            wait = next(client.conversation, None) if client.conversation else None
+            wait = next(client.conversation, None)
         except Exception as why:  # a fault of this program is not the other clients' fault
             log(traced("Conversation Failed:", why))
             wait = None
@@ -1522,8 +1423,8 @@ class Keeper:
             self.texts.popleft()
 
     def drop_bytes(self) -> None:
-        """Drop the clients held longest until not too many bytes are held; but neither the newest, nor one that reads."""
-        most = TEXTS_HELD * self.numbers[self.MAX_TEXT]
+        """Drop those held longest until not too many bytes are held; but neither the newest, nor one that reads."""
+        most = TEXTS_HELD * self.settings.max_text
         if self.numbers[self.BYTES] <= most:
             return
         now = time.monotonic()
@@ -1548,7 +1449,7 @@ class Keeper:
 # ---- Generation ---------------------------------------------------------------------
 
 
-def load_handler(settings: Settings) -> Callable[[str], str]:
+def load_handler(settings: Settings) -> Handler:
     """Import the handler and check what it is.  Raise Failure, whatever its module raises."""
     if not settings.handler:
         return text_length
@@ -1564,7 +1465,9 @@ def load_handler(settings: Settings) -> Callable[[str], str]:
         reason = type(why).__name__
         with suppress(BaseException):  # an exception of the module's own may fail to say what it is
             reason += f": {why}" if str(why) else ""
-        reason += place_of(why, settings.directory)
+        places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(why.__traceback__)]
+        own = [each for each in places if each[0].startswith(settings.directory) and "/site-packages/" not in each[0]]
+        reason += " ({}, line {})".format(*own[-1]) if own and own[-1][0] != __file__ else ""
         if isinstance(why, ModuleNotFoundError) and why.name and f"{module_name}.".startswith(f"{why.name}."):
             reason = f"no module {why.name} in {settings.directory}, nor where Python looks"
             if why.name == f"{top}.py":
@@ -1583,99 +1486,92 @@ def not_loaded(settings: Settings, why: str) -> str:
     return f"cannot load handler {settings.handler}: {why[:2000]}"
 
 
-def place_of(why: BaseException, directory: str) -> str:
-    """Return the file and line of the module's own code where WHY came up, as far as there are."""
-    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(why.__traceback__)]
-    own = [place for place in places if place[0].startswith(directory) and "/site-packages/" not in place[0]]
-    return " ({}, line {})".format(*own[-1]) if own and own[-1][0] != __file__ else ""
-
-
 def fault_of(handler: Any) -> str:
     """Return why HANDLER is no function from text to text, as far as that can be told without calling it."""
     if handler is None:
         return "is not there"
     if isinstance(handler, type) or not callable(handler):
         return "is not a function"
-    for fault, test in (("is async", inspect.iscoroutinefunction), ("is async", inspect.isasyncgenfunction),
-                        ("is a generator function", inspect.isgeneratorfunction)):
-        if test(handler) or test(type(handler).__call__):
-            return fault
-    try:
-        inspect.signature(handler).bind("")
-    except TypeError:
-        return "cannot be called with one text"
-    except ValueError:  # some built-in functions do not tell
-        pass
+    for function in (handler, type(handler).__call__):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            return "is async"
+        if inspect.isgeneratorfunction(function):
+            return "is a generator function"
+    with suppress(ValueError):  # some built-in functions do not tell
+        try:
+            inspect.signature(handler).bind("")
+        except TypeError:
+            return "cannot be called with one text"
     return ""
 
 
-class Supervisor:
-    """A generation's own process: it imports the handler, and keeps the number of its workers."""
+def load_generation(generation: Generation) -> Life | None:
+    """Import the handler, in a process that the manager has just forked; then be the supervisor of its workers."""
+    begin_process("daemontest-gen", generation.childs_end, generation.log_file)
+    log(record("*", "Loading configuration."))
+    printed = Printed()
+    printed.renew()
+    atexit.register(write_files)
+    try:
+        handler = load_handler(generation.settings)
+    except Failure as why:
+        printed.end_line()
+        log(traced("Handler Not Loaded:", why.__cause__ or why))
+        send_message(generation.childs_end, f"failed {why}")
+        os._exit(1)
+    # Undo what the handler's module may have done to this process.
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    reset_signals()
+    handle_signals(do_nothing, {signal.SIGCHLD})
+    printed.end_line()
 
-    def __init__(self, generation: Generation) -> None:
-        """Be a generation, in a process that the manager has just forked."""
-        begin_process("daemontest-gen", generation.generations_end, generation.log_file)
-        self.settings, self.board, self.channel = generation.settings, generation.board, generation.generations_end
-        self.log_file, self.printed = generation.log_file, Printed()
+    send_message(generation.childs_end, "imported")
+    readable(generation.childs_end)
+    _, files = receive_message(generation.childs_end)
+    if not files:
+        os._exit(0)  # the manager is gone
+    log_to(generation.log_file)
+    write_files(at_end=False)  # now, and not once more by every worker
+    supervisor = Supervisor(generation, handler, printed, files)
+    gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
+    return supervisor.run()
+
+
+class Supervisor:
+    """A generation's own process, which keeps the number of its workers."""
+
+    def __init__(self, generation: Generation, handler: Handler, printed: Printed, files: list[int]) -> None:
+        self.settings, self.board, self.channel = generation.settings, generation.board, generation.childs_end
+        self.handler, self.printed, self.stopping = handler, printed, files.pop()
+        self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
+        self.sockets[1].settimeout(PATIENCE)
+        self.kind = self.sockets[0].family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
+        self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
-        self.worker: Worker | None = None  # in a worker: what it is
         self.up = False  # once all workers have served
-        self.draining = False
         self.drain_by = math.inf
+        self.worker: Worker | None = None  # in a worker: what it is
+        self.signals = Signals()
+        handle_signals(self.catch, {signal.SIGTERM})
 
     def run(self) -> Life | None:
-        """Load the handler, keep workers until told to drain or to stop; in a worker just forked, return its life."""
-        log(record("*", "Loading configuration."))
-        self.printed.renew()
-        atexit.register(write_files)
-        try:
-            self.handler = load_handler(self.settings)
-        except Failure as why:
-            self.printed.end_line()
-            log(traced("Handler Not Loaded:", why.__cause__ or why))
-            send_message(self.channel, f"failed {why}")
-            os._exit(1)
-        self.prepare_for_workers()
-        while self.children or not self.draining:
+        """Keep workers until told to drain or to stop; in a worker just forked, return its life."""
+        while self.children or self.drain_by == math.inf:
             if child := self.spawn_missing():
                 return child
             if not self.up and len(in_state(self.board, SERVING, ENDING)) >= self.settings.workers:
                 self.up = True
                 send_message(self.channel, "up")
-
-            steady = self.up and not (self.draining or self.vacant_until or in_state(self.board, ENDING))
+            steady = self.up and self.drain_by == math.inf and not (self.vacant_until or in_state(self.board, ENDING))
             self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
-
             self.read_orders()
             self.reap()
-            self.kill_overdue()
+            for pid, slot in self.children.items():
+                if time.monotonic() >= min(slot[END_BY], self.drain_by):
+                    os.kill(pid, signal.SIGKILL)
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # what the module has left behind may keep it no longer
         return None
-
-    def prepare_for_workers(self) -> None:
-        """Undo what the handler's module may have done to this process, and get what workers need."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        reset_signals()
-        handle_signals(do_nothing, {signal.SIGCHLD})
-        handle_signals(self.catch, {signal.SIGTERM})
-        self.signals = Signals()
-        self.printed.end_line()
-        send_message(self.channel, "imported")
-        readable(self.channel)
-        _, files = receive_message(self.channel)
-        if not files:
-            os._exit(0)  # the manager is gone
-        # Made here, once for all workers.
-        self.sockets = [socket.socket(fileno=file) for file in files[:3]]
-        self.sockets[1].settimeout(PATIENCE)
-        self.kind = self.sockets[0].family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
-        self.stopping = files[3]
-        self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
-        log_to(self.log_file)
-        BUFFERED.extend(buffered_files())
-        write_files(at_end=False)  # now, and not once more by every worker
-        gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
 
     def catch(self, *_: object) -> None:
         """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
@@ -1689,7 +1585,7 @@ class Supervisor:
         now = time.monotonic()
         self.vacant_until = [until for until in self.vacant_until if until > now]
         missing = self.settings.workers - len(self.vacant_until) - len(in_state(self.board, STARTING, SERVING))
-        for slot in in_state(self.board, VACANT)[:0 if self.draining else max(0, missing)]:
+        for slot in in_state(self.board, VACANT)[:max(0, missing) if self.drain_by == math.inf else 0]:
             slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = STARTING, 0, 0, 0, math.inf
             try:
                 pid = fork({signal.SIGTERM})
@@ -1708,7 +1604,6 @@ class Supervisor:
         """Drain when the next generation serves.  The end of the channel is the stop, which the workers see, too."""
         if self.channel == -1 or not readable(self.channel, 0):
             return
-        self.draining = True
         self.drain_by = min(self.drain_by, time.monotonic() + self.settings.grace)
         if receive_message(self.channel)[0] == "drain":
             for pid in self.children:
@@ -1722,10 +1617,9 @@ class Supervisor:
     def reap(self) -> None:
         """Reap the workers that have exited, and no process that the handler's module waits for."""
         for pid, slot in list(self.children.items()):
-            try:
+            ended, status = pid, -1
+            with suppress(ChildProcessError):  # the module has reaped it
                 ended, status = os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:  # the module has reaped it
-                ended, status = pid, -1
             if ended:
                 del self.children[pid]
                 self.reap_worker(pid, slot, status)
@@ -1749,11 +1643,6 @@ class Supervisor:
         if not self.up:
             send_message(self.channel, f"failed cannot start: a worker died ({cause})")
 
-    def kill_overdue(self) -> None:
-        for pid, slot in self.children.items():
-            if time.monotonic() >= min(slot[END_BY], self.drain_by):
-                os.kill(pid, signal.SIGKILL)
-
 
 # ---- Worker -------------------------------------------------------------------------
 
@@ -1769,7 +1658,6 @@ class Worker:
     """The process that calls the handler, for one client at a time, and waits no longer than a moment for any."""
 
     def __init__(self, generation: Supervisor, slot: memoryview[float]) -> None:
-        """Be a worker, in a process that a generation has just forked."""
         os.setpgid(0, 0)
         for file in (generation.channel, generation.lifeline_out, generation.signals.reading):
             os.close(file)
@@ -1833,8 +1721,7 @@ class Worker:
         end = time.monotonic() + GREED
         while True:
             try:
-                # _accept() and SocketType are worth a tenth: accept() converts two enumerations, and asks the kernel
-                # for the address a second time.
+                # Worth a tenth: accept() converts two enumerations, and asks the kernel for the address once more.
                 descriptor, address = self.listener._accept()  # type: ignore[attr-defined]
             except (BlockingIOError, ConnectionAbortedError):
                 return
@@ -1851,14 +1738,11 @@ class Worker:
 
     def take_text(self) -> None:
         """Take a client whose text is whole from the keeper, and answer it."""
-        try:
-            client = Client.receive(self.from_keeper, self.generation.kind)
-        except BlockingIOError:
-            return
-        if client:
-            self.serve(client, Client.take_data)
-        else:  # the service stops, and no more texts come
-            self.leaving = True
+        with suppress(BlockingIOError):
+            if client := Client.receive(self.from_keeper, self.generation.kind):
+                self.serve(client, Client.take_data)
+            else:  # the service stops, and no more texts come
+                self.leaving = True
 
     def serve(self, client: Client, get_text: Callable[[Client], bytes | bytearray | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
@@ -1915,7 +1799,7 @@ class Worker:
         """
         if passed < FLOWING_BYTES and time.monotonic() < self.impatient_until:
             return False
-        came = wait_for(event, client.connection.fileno(), A_MOMENT)
+        came = wait_for(event, A_MOMENT, client.connection.fileno())
         if not came:
             self.impatient_until = time.monotonic() + IMPATIENCE
         return came
@@ -1980,26 +1864,19 @@ class Worker:
 
 # ---- The end of a process that has run a handler ------------------------------------
 
-BUFFERED: list[Any] = []  # files that were open after the import; gc.freeze() hides them from gc.get_objects()
-
-
-def buffered_files() -> list[Any]:
-    """Return the open files that may hold what is not written yet.  Those that are only read have nothing to write."""
-    objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
-    found = []
-    for file in objects:
-        if type(file) in kinds:
-            with suppress(Exception):  # it is closed, detached, or a class of the handler's own
-                if file.writable():
-                    found.append(file)
-    return found
+WRITABLE: list[Any] = []  # files; gc.freeze() hides those of the import from gc.get_objects()
 
 
 def write_files(at_end: bool = True) -> None:
-    """Write what files hold in their buffers, the outer layers first; at the end close those that are whole only then."""
-    files = {id(file): file for file in (*BUFFERED, *buffered_files())}.values()
-    for file in sorted(files, key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io")):
+    """Write what open files hold in their buffers, outer layers first; close those that only then are whole."""
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
+    for file in [each for each in objects if type(each) in kinds]:
+        with suppress(Exception):  # it is closed, detached, or a class of the handler's own
+            if file.writable():  # a thread that did not survive the fork may hold the lock of one that is only read
+                WRITABLE.append(file)
+    WRITABLE.sort(key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io"))
+    for file in WRITABLE:
         try:
             if not file.closed:
                 file.close() if at_end and type(file).__module__ != "_io" else file.flush()
@@ -2008,10 +1885,7 @@ def write_files(at_end: bool = True) -> None:
 
 
 def disown() -> None:
-    """Let no worker clean up what the import has created, and others use, such as temporary directories.
-
-    There is no public way to it.
-    """
+    """Let no worker clean up what the import has created, such as temporary directories.  No public way does it."""
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]

@@ -64,8 +64,7 @@ def test_one_newline_is_added_and_the_whole_reply_printed(text: bytes) -> None:
 
 
 @pytest.mark.parametrize(("text", "why"), [
-    (b"\x89PNG\r\n\x1a\n\0\xff", "text is not UTF-8 at byte offset 0"),
-    (LONG, "text longer than 16777216 bytes")], ids=["short", "long"])
+    (b"\xff", "text is not UTF-8 at byte offset 0"), (LONG, "text longer than 16777216 bytes")], ids=["short", "long"])
 def test_a_refusal_is_an_error(service: Service, text: bytes, why: str) -> None:
     service.start()
     assert_failed(service.client(text), rf"refused: \d+ error: {why}")

@@ -83,7 +83,6 @@ def test_a_failure_is_told_to_the_client_and_logged_and_the_worker_lives(service
     assert service.ask("") == f"{worker} done\n"
     [traceback] = re.findall(r"Handler Failed:\n((?:    .*\n)+)", service.log)
     assert re.search(f"^    {FAILURES[text]}$", traceback, re.MULTILINE), traceback
-    assert not [match for match in service.records() if match["pid"] == "1"]
 
 
 def test_a_reply_may_be_any_text(service: Service) -> None:
@@ -97,7 +96,6 @@ def test_a_handler_refuses_a_text_by_returning_an_error(service: Service) -> Non
     done = service.client("reply = 'error: no poem'")
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode() == f"testclient.py: refused: {worker} error: no poem\n"
-    assert not service.records("Handler Failed")
 
 
 # ---- What it shares -------------------------------------------------------------------
@@ -272,7 +270,6 @@ def test_a_fork_keeps_no_client_of_an_answered_text_waiting(service: Service, fo
 def test_a_fork_keeps_no_client_of_a_dead_worker_waiting(service: Service, forks: None, death: str) -> None:
     service.expected.append(r"Child Process (Died|Killed)")
     start(service, "-w", "3", "--handler-timeout", "2" if death == "handler timeout" else "50")
-
     clients = [service.begin(f"{code}\ntime.sleep(60)".encode()) for code in FORKS.values()]
     workers = wait_for_forks(service, 3).values()
     if death == "SIGKILL":
@@ -394,8 +391,7 @@ def test_an_endless_end_is_killed_after_the_grace(service: Service, what: str, h
     leave(service, worker, how)
     assert 1 < time.monotonic() - began < 15  # half of the grace that there is without being told
     [record] = service.wait_for_records("Child Process Killed")
-    assert re.fullmatch(KILLED, record["message"])
-    assert int(record["pid"]) == worker
+    assert (record["message"], int(record["pid"])) == (KILLED.replace("\\", ""), worker)
 
 
 def test_a_modules_helpers_outlive_workers_and_end_with_the_generation(service: Service) -> None:
@@ -408,7 +404,6 @@ def test_a_modules_helpers_outlive_workers_and_end_with_the_generation(service: 
     assert alive(int(helper))
     assert os.path.isdir(directory)
     assert service.stop().returncode == 0
-    assert not service.processes()
     assert not os.path.exists(directory)
 
 
