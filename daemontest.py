@@ -1044,8 +1044,7 @@ class Manager:
             kill_group(generation.pid)  # what its module has started
         cause = cause_of_death(status)
         if generation.state is State.LOADING:
-            why = not_loaded(generation.settings, f"the process died ({cause})")
-            self.loading_failed(why, generation.asked_for)
+            self.loading_failed(not_loaded(generation.settings, f"the process died ({cause})"), generation.asked_for)
         elif generation.state is State.SERVING:
             log(record("*", f"Generation Died. ({cause})", generation.pid))
             self.notify(f"generation {generation.number} died: {cause}")
@@ -1067,9 +1066,9 @@ class Manager:
         self.channels.stop_listening()
         self.channels.close()
         end = time.monotonic() + self.settings.grace + MARGIN
-        for generation in self.generations:
-            if generation.state is State.LOADING:
-                kill_group(generation.pid)
+        for generation in self.in_state(State.LOADING):
+            self.kill(generation)
+        for generation in self.in_state(State.SERVING):
             generation.state = State.LEAVING
         for child in (self.keeper, *self.generations):
             child.kill_at = min(child.kill_at, end)
