@@ -239,6 +239,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             os.pwrite(self.line, line, 0)
             os.truncate(self.line, len(line))
 
+    def reload_is_pending(self) -> bool:
+        return self.reloads[0] > self.reloads[1]
+
     def release(self) -> None:
         """Empty and remove the file.  The lock is held until the process exits."""
         if self.is_at_path(self.lock):
@@ -830,11 +833,10 @@ class Child:
 
 
 class Generation(Child):
-    def __init__(self, number: int, settings: Settings, asked_for: bool) -> None:
+    def __init__(self, number: int, settings: Settings) -> None:
         super().__init__(SLOT * 2 * settings.workers)  # for those that serve and those that end
         self.board = [self.numbers[start:start + SLOT] for start in range(0, len(self.numbers), SLOT)]
         self.number, self.settings = number, settings
-        self.asked_for = asked_for  # by a reload whose outcome is not told yet
         self.log_file = open_log(settings.log_file)  # anew, so that logrotate works
         self.files.append(self.log_file)
         self.state = State.LOADING
@@ -925,8 +927,7 @@ class Manager:
         since = time.strftime("since %T", time.localtime(serving.since))
         self.notify(f"{workers} workers, generation {serving.number} {since}{serving.note}",
                     f"READY=1\nMAINPID={os.getpid()}\n")
-        if serving.asked_for:
-            serving.asked_for = False
+        if self.pid_file.reload_is_pending() and not self.reload_wanted:
             self.pid_file.tell_reload("ok")
         if self.has_launcher:
             self.has_launcher = False
@@ -938,7 +939,7 @@ class Manager:
 
     def fork_missing(self) -> Life | None:
         """Fork the keeper or the generation if it is missing or wanted; return the child's life, in the child."""
-        now, asked_for = time.monotonic(), self.reload_wanted
+        now = time.monotonic()
         if self.phase is Phase.STOPPING:
             return None
         try:
@@ -948,16 +949,16 @@ class Manager:
                     return lambda: Keeper(self.channels, self.keeper, self.settings).run()
             if self.in_state(State.LOADING) or len(self.generations) == 2:
                 return None
-            if asked_for or (not self.in_state(State.SERVING) and now >= self.not_before):
-                settings = self.begin_reload() if asked_for else self.settings
+            if self.reload_wanted or (not self.in_state(State.SERVING) and now >= self.not_before):
+                settings = self.begin_reload() if self.reload_wanted else self.settings
                 log(record("*", f"Manager Process ID: {os.getpid()}"))
                 self.born += 1
-                generation = Generation(self.born, settings, asked_for)
+                generation = Generation(self.born, settings)
                 if generation.fork():
                     return lambda: load_generation(generation)
                 self.generations.append(generation)
         except Failure as why:
-            self.loading_failed(str(why), asked_for)
+            self.loading_failed(str(why))
         return None
 
     def begin_reload(self) -> Settings:
@@ -986,7 +987,7 @@ class Manager:
                     self.take_over(generation)
                 case "failed":
                     self.kill(generation)
-                    self.loading_failed(why, generation.asked_for)
+                    self.loading_failed(why)
 
     def take_over(self, generation: Generation) -> None:
         """Let GENERATION, which is up, be the one that serves."""
@@ -1001,13 +1002,13 @@ class Manager:
         with socket.socket(fileno=os.dup(self.channels.listener)) as listener:  # keeps silent clients (tcp(7))
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
 
-    def loading_failed(self, why: str, asked_for: bool) -> None:
+    def loading_failed(self, why: str) -> None:
         """Tell whoever is concerned WHY the last generation did not come up."""
         shown = printable(why)
         if self.phase is Phase.STARTING:
             log(record("*", f"Start Failed: {shown}"))
             self.stop(why)
-        elif asked_for:
+        elif self.pid_file.reload_is_pending():
             log(record("*", f"Reload Failed: {shown} (nothing changed)"))
             self.pid_file.tell_reload(why)
         else:
@@ -1044,7 +1045,7 @@ class Manager:
             kill_group(generation.pid)  # what its module has started
         cause = cause_of_death(status)
         if generation.state is State.LOADING:
-            self.loading_failed(not_loaded(generation.settings, f"the process died ({cause})"), generation.asked_for)
+            self.loading_failed(not_loaded(generation.settings, f"the process died ({cause})"))
         elif generation.state is State.SERVING:
             log(record("*", f"Generation Died. ({cause})", generation.pid))
             self.notify(f"generation {generation.number} died: {cause}")
@@ -1073,6 +1074,7 @@ class Manager:
         for child in (self.keeper, *self.generations):
             child.kill_at = min(child.kill_at, end)
             child.close()
+        self.keeper.kill_at = end + MARGIN  # it waits for the generation's workers
 
     def log_status(self) -> None:
         if self.keeper.pid:
@@ -1143,9 +1145,12 @@ class Client:
                                                        socket.MSG_CMSG_CLOEXEC)
         if not message:
             return None
-        if flags & socket.MSG_CTRUNC or not ancillary:
+        files = array.array("i", ancillary[0][2] if ancillary else b"")
+        if flags & socket.MSG_CTRUNC:
+            for file in files:
+                os.close(file)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        descriptor, memfd, *_ = (*array.array("i", ancillary[0][2]), -1)
+        descriptor, memfd, *_ = (*files, -1)
         is_reply, half_closed, length = HEADER.unpack_from(message)
         begin = HEADER.size + length
         connection = socket.SocketType(*kind, descriptor)
@@ -1274,7 +1279,8 @@ class Keeper:
                 return
             except OSError as why:  # for want of descriptors, since long replies take one more
                 log(record("-", f"Client Lost: {why.strerror}."))
-                self.drop(next(iter(self.clients.values())), "too many clients")
+                for oldest in list(self.clients.values())[:1]:
+                    self.drop(oldest, "too many clients")
                 continue
             if client:
                 self.clients[client.connection.fileno()] = client
@@ -1467,6 +1473,8 @@ def load_handler(settings: Settings) -> Handler:
         places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(why.__traceback__)]
         own = [each for each in places if each[0].startswith(settings.directory) and "/site-packages/" not in each[0]]
         reason += " ({}, line {})".format(*own[-1]) if own and own[-1][0] != __file__ else ""
+        if isinstance(why, SyntaxError):
+            reason = f"{type(why).__name__}: {why.msg} ({why.filename}, line {why.lineno})"
         if isinstance(why, ModuleNotFoundError) and why.name and f"{module_name}.".startswith(f"{why.name}."):
             reason = f"no module {why.name} in {settings.directory}, nor where Python looks"
             if why.name == f"{top}.py":
