@@ -682,7 +682,8 @@ def await_start(manager: socket.socket) -> None:
     line, _, ready = told.decode(errors="replace").removeprefix(f"{PROGRAM}: ").partition("\n")
     if not ready:
         manager.recv(1)  # ends when the manager has exited
-        raise Failure(line or "cannot start: the manager died")
+        log(told.decode(errors="replace") or f"{PROGRAM}: cannot start: the manager died\n")  # escaped by the manager
+        os._exit(1)
     say(f"{PROGRAM}: {line}")
 
 
@@ -1695,9 +1696,9 @@ class Worker:
             self.wake_generation()
         poller, settings = select.epoll(), self.generation.settings
         listener, from_keeper = self.listener.fileno(), self.from_keeper.fileno()
-        for file in (listener, from_keeper):  # a client wakes one of the workers that wait (epoll_ctl(2))
-            poller.register(file, IN | select.EPOLLEXCLUSIVE)
-        for file in (self.signals.reading, self.generation.stopping, self.generation.lifeline):
+        poller.register(listener, IN | select.EPOLLEXCLUSIVE)  # so a client wakes one of those who wait (epoll_ctl(2))
+        # Not so the keeper: the one woken for a text might first serve a client, for long, and nobody would know of it.
+        for file in (from_keeper, self.signals.reading, self.generation.stopping, self.generation.lifeline):
             poller.register(file, IN)
         # It goes on beyond its number while as many are ending as are to serve, and at a stop until no more texts come.
         while not self.leaving and (self.requests_left > 0 or self.stopping
@@ -1753,7 +1754,7 @@ class Worker:
 
     def serve(self, client: Client, get_text: Callable[[Client], bytes | bytearray | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
-        self.client = client
+        self.client, started = client, False
         try:
             if (text := get_text(client)) is None:
                 client.send(self.to_keeper)
@@ -1762,13 +1763,14 @@ class Worker:
             whole = text.decode()
             text = client.data = b""  # it may be large
             self.log_text(client, whole)
+            started = self.generation.settings.log != "life"
             client.data, client.is_reply = self.handle(whole), True
         except UnicodeDecodeError as why:
             refuse(client, f"text is not UTF-8 at byte offset {why.start}")
         except (Failure, MemoryError) as why:
             refuse(client, str(why) or "not enough memory")
         except OSError as why:
-            if client.data:
+            if client.data or client.memfd != -1:
                 log(record("-", f"Client: {client.name}; Lost: {why.strerror or why}.", self.pid))
             return
         finally:
@@ -1780,7 +1782,7 @@ class Worker:
         except OSError as why:
             log(record("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.", self.pid))
         client.close()  # sends what was held back, in one packet with the end
-        if self.generation.settings.log != "life":
+        if started:
             log(record("-", "Client Query Processing Ended.", self.pid))
 
     def receive(self, client: Client) -> bytearray | None:

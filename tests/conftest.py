@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -228,6 +229,11 @@ def read_all(connection: socket.socket) -> bytes:
     while piece := connection.recv(65536):
         reply += piece
     return bytes(reply)
+
+
+def seconds_between(first: re.Match[str], second: re.Match[str]) -> float:
+    """The time from one record to another."""
+    return (datetime.fromisoformat(second["time"]) - datetime.fromisoformat(first["time"])).total_seconds()
 
 
 class Load:

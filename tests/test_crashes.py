@@ -5,13 +5,10 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import datetime
-from pathlib import Path
 
 import pytest
-from conftest import Held, Load, Service, alive, read_all, wait_until
+from conftest import Held, Load, Service, alive, read_all, seconds_between, wait_until
 from modules import HANDLER, HARMFUL, HeldImport, saying
 
 CRASHING = """
@@ -62,11 +59,6 @@ def assert_no_reply(connection: socket.socket) -> None:
         assert read_all(connection) == b""
 
 
-def seconds_between(first: re.Match[str], second: re.Match[str]) -> float:
-    """The time from one record to another."""
-    return (datetime.fromisoformat(second["time"]) - datetime.fromisoformat(first["time"])).total_seconds()
-
-
 def assert_stops(service: Service) -> None:
     began = time.monotonic()
     stopped = service.stop()
@@ -111,51 +103,6 @@ def test_workers_that_die_at_birth_are_forked_at_a_bounded_rate_until_they_live(
     (service.home / "die").unlink()
     wait_until(lambda: len(service.workers()) == 3, "workers that live")
     assert service.ask("x").endswith(" alive\n")
-
-
-@pytest.fixture
-def limit(service: Service) -> Iterator[Callable[[str], None]]:
-    """Limits how many manager, keeper, generation and workers there may be."""
-    group = Path(f"/sys/fs/cgroup/pids/daemontest-{service.mark}")
-    try:
-        group.mkdir()
-        assert (group / "pids.max").exists()
-    except (OSError, AssertionError):
-        pytest.skip("needs root and the pids controller of cgroup v1")
-
-    def set_limit(most: str) -> None:
-        (group / "pids.max").write_text(most)
-        for pid in (service.manager(), service.keeper(), service.generation()):
-            (group / "cgroup.procs").write_text(str(pid))
-
-    yield set_limit
-    (group / "pids.max").write_text("max")
-    service.stop()
-    wait_until(lambda: not (group / "cgroup.procs").read_text(), "the control group to be empty")
-    group.rmdir()
-
-
-def test_forks_that_fail_are_logged_and_tried_again_each_second(service: Service, limit: Callable[[str], None]) -> None:
-    service.expected += ["Cannot Fork: ", "Reload Failed: ", "Generation Failed: "]
-    service.start("-w", "2")
-    limit("3")
-    staying, leaving = service.workers()
-    os.kill(leaving, signal.SIGTERM)
-    first, second = service.wait_for_records("Cannot Fork: Resource temporarily unavailable", 2)[:2]
-    assert seconds_between(first, second) > 0.85
-    wait_until(lambda: service.workers() == {staying}, "the other to be gone")
-    assert service.ask("x") == f"{staying} your text size: 1\n"
-    done = service.run("--reload")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"daemontest\.py: nothing changed: cannot fork[^\n]*: Resource temporarily unavailable\n",
-                        done.stderr), done.stderr
-    limit("max")
-    wait_until(lambda: len(service.workers()) == 2, "the missing worker")
-    limit("2")
-    kill_generation(service)
-    service.wait_for_records("Generation Failed: cannot fork.*: Resource temporarily unavailable", 2)
-    (Path(f"/sys/fs/cgroup/pids/daemontest-{service.mark}") / "pids.max").write_text("max")
-    assert service.ask("x").endswith(" your text size: 1\n")
 
 
 # ---- Handlers that hang --------------------------------------------------------------------
@@ -273,25 +220,6 @@ def test_signals_count_while_a_dead_generations_successor_is_imported(service: S
     kill_generation(service)
     handler.wait_for(4)
     assert_stops(service)
-
-
-def test_a_generation_that_dies_during_a_reload_is_followed_by_the_one_that_loads(service: Service) -> None:
-    handler = HeldImport(service)
-    service.start("-w", "1", *HANDLER)
-    [worker] = service.workers()
-    generation = service.generation()
-    handler.say("new")
-    handler.hold()
-    reloading = service.popen("--reload")
-    importing = handler.wait_for(2)
-    service.expected.append(r"Generation Died\. \(SIGKILL\)")
-    os.kill(generation, signal.SIGKILL)
-    service.wait_for_records("Generation Died")
-    wait_until(lambda: not alive(worker), "its worker to leave")
-    handler.release()
-    assert service.ask("x").endswith(" new\n")
-    assert reloading.communicate(timeout=50)[1] == ""
-    assert service.generations() == {importing}
 
 
 @pytest.mark.parametrize("ending", ["stop", "reload"])

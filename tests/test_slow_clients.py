@@ -8,13 +8,12 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from datetime import datetime
 from statistics import median
 
 import psutil
 import pytest
 import slow_clients as slow
-from conftest import Held, Load, Service, alive, read_all, wait_until
+from conftest import Held, Load, Service, alive, read_all, seconds_between, wait_until
 from slow_clients import BEGINNING, Crowd, Kind
 
 MIB = 2**20
@@ -82,11 +81,6 @@ def assert_prompt(service: Service, times: int = 10) -> None:
         assert service.ask("whole\n").endswith(" your text size: 6\n")
         took.append(time.monotonic() - began)
     assert median(took) < 1, took  # a slow client that held the worker would hold it for 40 s
-
-
-def seconds_between(first: re.Match[str], second: re.Match[str]) -> float:
-    """The time from one record to another."""
-    return (datetime.fromisoformat(second["time"]) - datetime.fromisoformat(first["time"])).total_seconds()
 
 
 def assert_at_rest(service: Service) -> None:
