@@ -671,8 +671,8 @@ def start(read: Read, detach: bool) -> Life | None:
 
 def await_start(manager: socket.socket) -> None:
     """Wait, as the launcher, for the manager's line, and "ready" if it has started; print it, or raise Failure."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
         told = manager.recv(65536)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1116,18 +1116,18 @@ HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client
 class Client:
     """A client, wherever it is: its connection, and what it has sent so far or has not yet taken of its reply."""
 
-    __slots__ = ("connection", "conversation", "data", "events", "half_closed", "held", "is_reply", "memfd", "name",
-                 "reads_until", "size", "until")
+    __slots__ = ("connection", "conversation", "data", "events", "files", "half_closed", "held", "is_reply", "memfd",
+                 "name", "reads_until", "size", "until")
 
     def __init__(self, connection: socket.SocketType, name: str, half_closed: bool = False, is_reply: bool = False,
                  data: Any = b"", memfd: int = -1) -> None:
         self.connection, self.name, self.half_closed = connection, name, half_closed
         self.is_reply, self.data, self.memfd = is_reply, data, memfd
         self.size = len(data) if memfd == -1 else os.fstat(memfd).st_size
-        # The keeper's: its conversation, what that waits for and until when, the bytes it holds meanwhile; and until
-        # when it is not dropped, since it reads its reply.
+        # The keeper's: its conversation, what that waits for and until when, the bytes and descriptors it takes
+        # meanwhile; and until when it is not dropped, since it reads its reply.
         self.conversation: Iterator[Wait] | None = None
-        self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
+        self.events, self.until, self.held, self.files, self.reads_until = 0, math.inf, 0, 0, 0.0
 
     def send(self, channel: socket.socket) -> None:
         """Send this client through CHANNEL to another process.  Raise BlockingIOError if it is full, or OSError."""
@@ -1229,7 +1229,7 @@ class Keeper:
         begin_process("daemontest-keep", record.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        self.most_clients = max(limit - SPARE_DESCRIPTORS, limit // 2)
+        self.files, self.most_files = 0, max(limit - SPARE_DESCRIPTORS, limit // 2)  # that clients take
         self.channels, self.settings = channels, settings
         self.orders, self.numbers = record.childs_end, record.numbers
         self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
@@ -1249,7 +1249,8 @@ class Keeper:
         while not self.finished():
             look_in = max(0.0, self.look_at - time.monotonic()) if self.stopped_at == math.inf else TICK
             for file, _ in self.poller.poll(None if look_in == math.inf else look_in):
-                if client := self.clients.get(file):
+                client = self.clients.get(file)
+                if client and client.events:  # otherwise it has gone on meanwhile, and waits for a worker
                     self.advance(client)
                 elif file == self.orders:
                     self.read_orders()
@@ -1291,17 +1292,16 @@ class Keeper:
             else:
                 self.poller.unregister(self.from_workers)
                 self.connected = False
-            if len(self.clients) > self.most_clients:
-                self.drop(next(iter(self.clients.values())), "too many clients")
 
     def read_orders(self) -> None:
         """Take settings and log of the generation that now serves; the end of the orders is the order to stop."""
         message, files = receive_message(self.orders)
-        if files:
+        if message:
             timeout, max_text, grace = message.split()
             self.settings = replace(self.settings, timeout=float(timeout), max_text=int(max_text), grace=float(grace))
-            log_to(files[0])
-            os.close(files[0])
+            for file in files:  # one, unless descriptors are short
+                log_to(file)
+                os.close(file)
             return
         self.poller.unregister(self.orders)
         self.stopped_at = time.monotonic()
@@ -1393,9 +1393,11 @@ class Keeper:
         events, client.until, held = wait
         self.watch(client, events)
         self.look_at = min(self.look_at, client.until)
+        files = 1 if client.memfd == -1 else 2
+        self.files += files - client.files
         self.numbers[self.BYTES] += held - client.held
-        client.held = held
-        self.drop_bytes()
+        client.held, client.files = held, files
+        self.keep_within_bounds()
 
     def watch(self, client: Client, events: int) -> None:
         if client.events and client.events != events:
@@ -1410,7 +1412,7 @@ class Keeper:
         if now >= self.look_at:
             for client in [client for client in self.clients.values() if client.until <= now]:
                 self.advance(client)
-            self.drop_bytes()
+            self.keep_within_bounds()
             self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
 
     def pass_texts_on(self) -> None:
@@ -1428,14 +1430,18 @@ class Keeper:
                 self.drop(client, why.strerror or str(why))
             self.texts.popleft()
 
-    def drop_bytes(self) -> None:
-        """Drop those held longest until not too many bytes are held; but neither the newest, nor one that reads."""
-        most = TEXTS_HELD * self.settings.max_text
-        if self.numbers[self.BYTES] <= most:
+    def keep_within_bounds(self) -> None:
+        """Drop the clients held longest while they take too many descriptors or bytes; not the newest.
+
+        Nor one that is reading its reply, for its bytes.
+        """
+        most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
+        if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
             return
-        now = time.monotonic()
         for client in list(self.clients.values())[:-1]:
-            if client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
+            if self.files > self.most_files:
+                self.drop(client, "too many clients")
+            elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
                 self.drop(client, "too many bytes")
         self.look_at = min(self.look_at, now + 1.0)
 
@@ -1447,6 +1453,7 @@ class Keeper:
         self.watch(client, 0)
         self.numbers[self.CLIENTS] -= 1
         self.numbers[self.BYTES] -= client.held
+        self.files -= client.files
         client.conversation = None
         del self.clients[client.connection.fileno()]
         client.close()
@@ -1552,7 +1559,8 @@ class Supervisor:
         self.settings, self.board, self.channel = generation.settings, generation.board, generation.childs_end
         self.handler, self.printed, self.stopping = handler, printed, files.pop()
         self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
-        self.sockets[1].settimeout(PATIENCE)
+        for end, patience in zip(self.sockets, (0.0, PATIENCE, 0.0), strict=True):
+            end.settimeout(patience)  # whatever default the handler's module has set
         self.kind = self.sockets[0].family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
