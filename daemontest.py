@@ -1331,7 +1331,7 @@ class Keeper:
                 if client.size > before:
                     silent_since, quiet_at = now, math.inf
                 client.half_closed = piece == b""
-                if client.half_closed or now >= quiet_at:
+                if client.size <= self.settings.max_text and (client.half_closed or now >= quiet_at):
                     break
                 if not client.size and now >= min(until, self.stopped_at):
                     return
@@ -1712,7 +1712,7 @@ class Worker:
         while not self.leaving and (self.requests_left > 0 or self.stopping
                                     or len(in_state(self.generation.board, ENDING)) >= settings.workers):
             # Do all that this worker was woken for before it looks whether to go on: nobody else may have been woken.
-            ready = dict(poller.poll())
+            ready = dict(poller.poll(None if self.requests_left > 0 or self.stopping else TICK))
             if self.generation.stopping in ready:
                 poller.unregister(self.generation.stopping)
                 poller.unregister(listener)

@@ -173,14 +173,14 @@ HANGS = {
 @pytest.mark.parametrize("how", HANGS)
 def test_a_hung_handler_is_killed_at_its_time_and_the_log_shows_where_it_hung(service: Service, how: str) -> None:
     service.expected.append("Child Process Killed")
-    worker = start_one(service, "--handler-timeout", "1.5")
+    worker = start_one(service, "--handler-timeout", "1")
     line = (service.home / "service.py").read_text().split("\n").index("    exec(text, scope)") + 1
     began = time.monotonic()
     assert service.ask(HANGS[how]) == ""
-    assert 1 < time.monotonic() - began < 10
+    assert 0.9 < time.monotonic() - began < 10
     assert service.ask("").endswith(" done\n")
     [record] = service.records("Child Process Killed")
-    assert (record["message"], int(record["pid"])) == ("Child Process Killed. (handler ran longer than 1.5 s)", worker)
+    assert (record["message"], int(record["pid"])) == ("Child Process Killed. (handler ran longer than 1 s)", worker)
     assert re.search(r"\(most recent call first\):\n(  File .*\n)*"
                      rf'  File "{service.home}/service\.py", line {line} in handle\n', service.log)
 
@@ -266,20 +266,18 @@ def test_a_fork_keeps_no_client_of_an_answered_text_waiting(service: Service, fo
     assert all(map(alive, made(service)))
 
 
-@pytest.mark.parametrize("death", ["handler timeout", "SIGKILL"])
-def test_a_fork_keeps_no_client_of_a_dead_worker_waiting(service: Service, forks: None, death: str) -> None:
-    service.expected.append(r"Child Process (Died|Killed)")
-    start(service, "-w", "3", "--handler-timeout", "2" if death == "handler timeout" else "50")
+def test_a_fork_keeps_no_client_of_a_killed_worker_waiting(service: Service, forks: None) -> None:
+    service.expected.append("Child Process Died")
+    start(service, "-w", "3")
     clients = [service.begin(f"{code}\ntime.sleep(60)".encode()) for code in FORKS.values()]
     workers = wait_for_forks(service, 3).values()
-    if death == "SIGKILL":
-        for worker in workers:
-            os.kill(worker, signal.SIGKILL)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
     for client in clients:
         with client, suppress(ConnectionResetError):
             assert read_all(client) == b""
     assert any(map(alive, made(service)))
-    died = service.wait_for_records("Child Process (Died|Killed)", 3)
+    died = service.wait_for_records("Child Process Died", 3)
     assert {int(match["pid"]) for match in died} == {*workers}
     assert service.ask("").endswith(" done\n")
 
@@ -326,7 +324,7 @@ MODULE = """
 FILE = open(HERE / "noted", "a")
 
 def note_later(line):
-    time.sleep(1)
+    time.sleep(0.5)
     note(line)
 
 atexit.register(lambda: (note(f"{os.getpid()} exit"), print(f"exit of {os.getpid()}")))
@@ -385,11 +383,11 @@ def test_exit_functions_run_in_idle_workers_and_the_generation_alone(service: Se
 @pytest.mark.parametrize("what, how", [("pool", "-t"), ("thread", "--reload"), ("atexit", "-t"), ("atexit", "TERM")])
 def test_an_endless_end_is_killed_after_the_grace(service: Service, what: str, how: str) -> None:
     service.expected.append(KILLED)
-    worker = start_one(service, "--grace", "1.5")
+    worker = start_one(service, "--grace", "1")
     assert service.ask(ENDLESS[what]) == f"{worker} done\n"
     began = time.monotonic()
     leave(service, worker, how)
-    assert 1 < time.monotonic() - began < 15  # half of the grace that there is without being told
+    assert 0.8 < time.monotonic() - began < 15  # half of the grace that there is without being told
     [record] = service.wait_for_records("Child Process Killed")
     assert (record["message"], int(record["pid"])) == (KILLED.replace("\\", ""), worker)
 
@@ -398,9 +396,9 @@ def test_a_modules_helpers_outlive_workers_and_end_with_the_generation(service: 
     module = ("import tempfile\nDIRECTORY = tempfile.TemporaryDirectory(dir=HERE)\n"
               "HELPER = FORK.Process(target=time.sleep, args=[100], daemon=True)\nHELPER.start()\n")
     start(service, "-w", "1", "-n", "1", module=module)
-    for _ in range(3):
-        worker, helper, directory = service.ask("reply = f'{HELPER.pid} {DIRECTORY.name}'").split()
-        wait_until(lambda: not alive(int(worker)), "the worker to end")  # noqa: B023
+    worker, helper, directory = service.ask("reply = f'{HELPER.pid} {DIRECTORY.name}'").split()
+    assert service.ask("").endswith(" done\n")
+    wait_until(lambda: not alive(int(worker)), "the worker to end")
     assert alive(int(helper))
     assert os.path.isdir(directory)
     assert service.stop().returncode == 0

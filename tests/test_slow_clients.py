@@ -304,12 +304,8 @@ def test_stopped_keeper_blocks_no_worker_nor_a_stop_beyond_the_grace(service: Se
     os.kill(keeper, signal.SIGSTOP)
     with Crowd(service.port, slow.stalled, 200):
         service.wait_for_records("Client: .*; Lost: ")  # since no more can be passed on
-        for _ in range(3):  # in a process of its own, so that the half-close comes at once
-            assert service.client("whole").stdout.endswith(b" your text size: 6\n")
-    os.kill(keeper, signal.SIGCONT)
-    wait_until(lambda: kept(service)[0] == 0, "the keeper to have let them go")
-    assert finish(*begin(service)).endswith(REST)
-    os.kill(keeper, signal.SIGSTOP)
+        # One whose half-close comes too late is passed on, too, and lost.
+        wait_until(lambda: service.client("whole").stdout.endswith(b" your text size: 6\n"), "a whole text's reply")
     began = time.monotonic()
     assert service.stop().returncode == 0
     assert time.monotonic() - began < 10
