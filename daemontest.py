@@ -109,7 +109,7 @@ def log(records: str) -> None:
     """Write RECORDS at once, cut in the middle to PIPE_BUF bytes, which even a pipe keeps whole (pipe(7))."""
     while len(data := records.encode(errors="backslashreplace")) > select.PIPE_BUF:
         part = len(records) * 3 // 8
-        records = f"{records[:part]}\n    ...\n    {records[-part:]}"
+        records = f"{records[:part].rstrip()}\n    ...\n    {records[-part:].lstrip()}"
     with suppress(OSError):  # a full disk costs records, never service
         os.write(2, data)
 

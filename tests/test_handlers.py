@@ -75,14 +75,15 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("text", FAILURES)
-def test_a_failure_is_told_to_the_client_and_logged_and_the_worker_lives(service: Service, text: str) -> None:
+def test_a_failure_is_told_to_the_client_and_logged_and_the_worker_lives(service: Service) -> None:
     service.expected += FAILED
     worker = start_one(service)
-    assert service.ask(text) == f"{worker} error: handler failed\n"
+    for text, why in FAILURES.items():
+        assert service.ask(text) == f"{worker} error: handler failed\n", text
+        traceback = re.findall(r"Handler Failed:\n((?:    .*\n)+)", service.log)[-1]
+        assert re.search(f"^    {why}$", traceback, re.MULTILINE), traceback
     assert service.ask("") == f"{worker} done\n"
-    [traceback] = re.findall(r"Handler Failed:\n((?:    .*\n)+)", service.log)
-    assert re.search(f"^    {FAILURES[text]}$", traceback, re.MULTILINE), traceback
+    assert len(service.records("Handler Failed:")) == len(FAILURES)
 
 
 def test_a_reply_may_be_any_text(service: Service) -> None:
@@ -405,12 +406,10 @@ def test_a_modules_helpers_outlive_workers_and_end_with_the_generation(service: 
     assert not os.path.exists(directory)
 
 
-@pytest.mark.parametrize("file", ["subprocess.Popen(['cat'], stdin=-1, stdout=-1, text=True).stdout",
-                                  "open(os.open(HERE / 'fifo', os.O_RDWR))"], ids=["pipe", "file"])
-def test_a_modules_thread_that_reads_does_not_hold_up_the_end_of_a_worker(service: Service, file: str) -> None:
+def test_a_modules_thread_that_reads_does_not_hold_up_the_end_of_a_worker(service: Service) -> None:
     """At the fork it holds the lock of the file it reads, and no worker has the thread that would release it."""
-    os.mkfifo(service.home / "fifo")
-    module = f"FILE = {file}\nthreading.Thread(target=lambda: [*FILE], daemon=True).start()\ntime.sleep(0.2)\n"
+    module = ("PIPE = subprocess.Popen(['cat'], stdin=-1, stdout=-1, text=True).stdout\n"
+              "threading.Thread(target=lambda: [*PIPE], daemon=True).start()\ntime.sleep(0.2)\n")
     worker = start_one(service, "--grace", "25", module=module)
     began = time.monotonic()
     leave(service, worker, "-t")
