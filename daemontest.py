@@ -1563,6 +1563,7 @@ class Supervisor:
             end.settimeout(patience)  # whatever default the handler's module has set
         self.kind = self.sockets[0].family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
+        self.nudge_in, self.nudge_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # by which a worker wakes all others
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
         self.up = False  # once all workers have served
@@ -1703,16 +1704,22 @@ class Worker:
         if not self.generation.up:
             self.wake_generation()
         poller, settings = select.epoll(), self.generation.settings
-        listener, from_keeper = self.listener.fileno(), self.from_keeper.fileno()
-        poller.register(listener, IN | select.EPOLLEXCLUSIVE)  # so a client wakes one of those who wait (epoll_ctl(2))
-        # Not so the keeper: the one woken for a text might first serve a client, for long, and nobody would know of it.
-        for file in (from_keeper, self.signals.reading, self.generation.stopping, self.generation.lifeline):
+        listener, from_keeper, nudge = self.listener.fileno(), self.from_keeper.fileno(), self.generation.nudge_in
+        for file in (listener, from_keeper):  # a client wakes one of the workers that wait (epoll_ctl(2))
+            poller.register(file, IN | select.EPOLLEXCLUSIVE)
+        for file in (nudge, self.signals.reading, self.generation.stopping, self.generation.lifeline):
             poller.register(file, IN)
         # It goes on beyond its number while as many are ending as are to serve, and at a stop until no more texts come.
         while not self.leaving and (self.requests_left > 0 or self.stopping
                                     or len(in_state(self.generation.board, ENDING)) >= settings.workers):
             # Do all that this worker was woken for before it looks whether to go on: nobody else may have been woken.
             ready = dict(poller.poll(None if self.requests_left > 0 or self.stopping else TICK))
+            with suppress(BlockingIOError):
+                if nudge in ready:
+                    os.read(nudge, 100)
+                # It may serve one of them for long; nobody else has been woken for the other.
+                if listener in ready and from_keeper in ready and self.handler is not text_length:
+                    os.write(self.generation.nudge_out, b"\0")
             if self.generation.stopping in ready:
                 poller.unregister(self.generation.stopping)
                 poller.unregister(listener)
@@ -1720,7 +1727,7 @@ class Worker:
                 self.stopping = True
             elif listener in ready:
                 self.accept_clients()
-            if from_keeper in ready:
+            if from_keeper in ready or nudge in ready:
                 self.take_text()
             if self.signals.reading in ready and signal.SIGTERM in self.signals.take():
                 log(record("*", "Caught SIGTERM"))
@@ -1793,21 +1800,25 @@ class Worker:
         if started:
             log(record("-", "Client Query Processing Ended.", self.pid))
 
-    def receive(self, client: Client) -> bytearray | None:
+    def receive(self, client: Client) -> bytes | None:
         """Return a whole text; or None, and the keeper is to see to the rest."""
-        text, wait_at = bytearray(), 0
-        client.data = text
-        while (piece := receive(client.connection)) != b"":
-            if piece:
-                text += piece
-                if len(text) > self.generation.settings.max_text:
-                    return None  # to be refused
-            elif text and len(text) >= wait_at and self.wait_a_moment(IN, client, len(text)):
-                wait_at = len(text) + FLOWING_BYTES
-            else:
-                return None
-        client.half_closed = True
-        return text
+        pieces: list[bytes] = []
+        size, wait_at, piece = 0, 0, None
+        try:
+            while (piece := receive(client.connection)) != b"":
+                if piece:
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > self.generation.settings.max_text:
+                        break  # it is to be refused
+                elif size and size >= wait_at and self.wait_a_moment(IN, client, size):
+                    wait_at = size + FLOWING_BYTES
+                else:
+                    break
+        finally:
+            client.data = b"".join(pieces)
+        client.half_closed = piece == b""
+        return client.data if client.half_closed else None
 
     def wait_a_moment(self, event: int, client: Client, passed: int) -> bool:
         """Return whether the client, of whom so many bytes have PASSED, goes on within a moment.
