@@ -148,18 +148,12 @@ def traced(message: str, why: BaseException) -> str:
     return record("*", printable(message)) + indented(text)
 
 
-class Printed(io.FileIO):
-    """What a handler prints, which goes to the log as it is.  It never fails, and cannot be closed."""
+class Raw(io.FileIO):
+    """The log as whole lines: the part of a line that is not whole waits.  Writing never fails."""
 
     def __init__(self) -> None:
         super().__init__(2, "w", closefd=False)
-        self.rest = b""  # of a line that is not whole
-        self.stream = sys.stdout
-
-    def renew(self) -> None:
-        """Let sys.stdout and sys.stderr be a new stream to here, whatever the handler has done to the last one."""
-        self.stream = io.TextIOWrapper(io.BufferedWriter(self), "utf-8", "backslashreplace", line_buffering=True)
-        sys.stdout = sys.stderr = self.stream
+        self.rest = b""
 
     def write(self, data: Any) -> int:
         lines, newline, self.rest = (self.rest + bytes(data)).rpartition(b"\n")
@@ -167,14 +161,24 @@ class Printed(io.FileIO):
             os.write(2, lines + newline)
         return len(data)
 
+
+class Printed:
+    """What a handler prints, which goes to the log as it is."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Let sys.stdout and sys.stderr be a new stream, whatever the handler has done to the last one."""
+        self.raw = Raw()
+        self.stream = io.TextIOWrapper(io.BufferedWriter(self.raw), "utf-8", "backslashreplace", line_buffering=True)
+        sys.stdout = sys.stderr = self.stream
+
     def end_line(self) -> None:
         with suppress(ValueError):  # the handler has closed or detached the stream
             self.stream.flush()
-        if self.rest:
-            self.write(b"\n")
-
-    def close(self) -> None:
-        pass
+        if self.raw.rest:
+            self.raw.write(b"\n")
 
 
 # ---- PID file -----------------------------------------------------------------------
@@ -1525,7 +1529,6 @@ def load_generation(generation: Generation) -> Life | None:
     begin_process("daemontest-gen", generation.childs_end, generation.log_file)
     log(record("*", "Loading configuration."))
     printed = Printed()
-    printed.renew()
     atexit.register(write_files)
     try:
         handler = load_handler(generation.settings)
