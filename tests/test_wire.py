@@ -112,8 +112,8 @@ def test_a_reply_of_any_size_arrives_whole(usual: Service, count: int, clients: 
 
 
 def seconds_to_reply(service: Service, text: bytes) -> float:
+    began = time.monotonic()
     with service.begin(text, end=False) as client:
-        began = time.monotonic()
         assert size(read_all(client)) == len(text)
         return time.monotonic() - began
 

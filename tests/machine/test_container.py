@@ -90,7 +90,12 @@ class Container:
 
     def orphans(self) -> set[int]:
         """The manager's children that are none of the daemon's own."""
-        return {process.pid for process in psutil.Process(self.manager).children() if process.name() == "sleep"}
+        found = set()
+        for process in psutil.Process(self.manager).children():
+            with suppress(psutil.NoSuchProcess):  # it has been reaped meanwhile
+                if process.name() == "sleep":
+                    found.add(process.pid)
+        return found
 
 
 @pytest.fixture
