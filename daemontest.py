@@ -105,19 +105,14 @@ def log_to(file: int) -> None:
     os.dup2(file, 2)
 
 
-def log(records: str) -> None:
-    """Write RECORDS at once, cut in the middle to PIPE_BUF bytes, which even a pipe keeps whole (pipe(7))."""
-    while len(data := records.encode(errors="backslashreplace")) > select.PIPE_BUF:
-        part = len(records) * 3 // 8
-        records = f"{records[:part].rstrip()}\n    ...\n    {records[-part:].lstrip()}"
-    with suppress(OSError):  # a full disk costs records, never service
-        os.write(2, data)
+def log(mark: str, *messages: str, pid: int = 0, text: str = "") -> None:
+    """Write a record for each of MESSAGES, which must be printable, and TEXT indented below, all at once.
 
-
-def record(mark: str, message: str, pid: int = 0) -> str:
-    """Return a line of the log: MARK is * for the life of processes, - for requests.  MESSAGE must be printable."""
+    MARK is * for the life of processes, - for requests.
+    """
     second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
-    return f"{timestamp(second) % millisecond} {mark} {pid or os.getpid()} {message}\n"
+    begin = f"{timestamp(second) % millisecond} {mark} {pid or os.getpid()} "
+    write_log(begin + f"\n{begin}".join(messages) + "\n" + indented(text))
 
 
 @functools.lru_cache(maxsize=1)  # many records share a second
@@ -138,22 +133,38 @@ def printable(text: str, kept: str = "\u3000") -> str:
                    for c in text)
 
 
-def traced(message: str, why: BaseException) -> str:
-    """Return a record with the traceback of WHY, cut in the middle if it is long: it may hold a client's text."""
+def log_traceback(message: str, why: BaseException) -> None:
+    """Log the traceback of WHY, cut in the middle if it is long: it may hold a client's text."""
     text = f"{type(why).__name__}, which cannot be printed"
     with suppress(BaseException):  # the handler's own exception may fail to say what it is
         text = "".join(traceback.format_exception(why))
     if len(text) > TRACED:
         text = f"{text[:TRACED // 2]}\n...\n{text[-TRACED // 2:]}"
-    return record("*", printable(message)) + indented(text)
+    log("*", printable(message), text=text)
 
 
-class Raw(io.FileIO):
-    """The log as whole lines: the part of a line that is not whole waits.  Writing never fails."""
+def write_log(data: str) -> None:
+    """Write DATA, cut in the middle to PIPE_BUF bytes, which even a pipe keeps whole (pipe(7))."""
+    while len(written := data.encode(errors="backslashreplace")) > select.PIPE_BUF:
+        part = len(data) * 3 // 8
+        data = f"{data[:part].rstrip()}\n    ...\n    {data[-part:].lstrip()}"
+    try:
+        os.write(2, written)
+    except OSError:
+        pass  # a full disk costs records, never service
+
+
+class Printed(io.FileIO):
+    """What a handler prints: it goes to the log as it is, as whole lines, and never fails."""
 
     def __init__(self) -> None:
         super().__init__(2, "w", closefd=False)
-        self.rest = b""
+        self.rest = b""  # of a line that is not whole
+
+    def renew(self) -> None:
+        """Let sys.stdout and sys.stderr be a new stream, whatever the handler has done to the last one."""
+        sys.stdout = sys.stderr = self.stream = io.TextIOWrapper(
+            io.BufferedWriter(self), "utf-8", "backslashreplace", line_buffering=True)
 
     def write(self, data: Any) -> int:
         lines, newline, self.rest = (self.rest + bytes(data)).rpartition(b"\n")
@@ -161,24 +172,14 @@ class Raw(io.FileIO):
             os.write(2, lines + newline)
         return len(data)
 
-
-class Printed:
-    """What a handler prints, which goes to the log as it is."""
-
-    def __init__(self) -> None:
-        self.renew()
-
-    def renew(self) -> None:
-        """Let sys.stdout and sys.stderr be a new stream, whatever the handler has done to the last one."""
-        self.raw = Raw()
-        self.stream = io.TextIOWrapper(io.BufferedWriter(self.raw), "utf-8", "backslashreplace", line_buffering=True)
-        sys.stdout = sys.stderr = self.stream
-
     def end_line(self) -> None:
         with suppress(ValueError):  # the handler has closed or detached the stream
             self.stream.flush()
-        if self.raw.rest:
-            self.raw.write(b"\n")
+        if self.rest:
+            self.write(b"\n")
+
+    def close(self) -> None:
+        """Stay open: whoever closes the stream closes it for himself alone."""
 
 
 # ---- PID file -----------------------------------------------------------------------
@@ -376,23 +377,12 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def fork(signals: set[signal.Signals]) -> int:
-    """Fork a process in which SIGNALS stay blocked until it is ready for them.  Raise Failure."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    pid = -1
-    try:
-        with failing_to("fork a process"):
-            pid = os.fork()
-    finally:
-        if pid:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    return pid
-
-
 def name_process(name: str) -> None:
     """Have ps(1) show NAME: at most 15 bytes (proc(5)), and no spaces, at which CPython splits /proc/self/stat."""
-    with suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as comm:
-        comm.write(name.encode())
+    with suppress(OSError):
+        comm = os.open("/proc/self/comm", os.O_WRONLY)
+        os.write(comm, name.encode())
+        os.close(comm)
 
 
 def begin_process(name: str, *files: int) -> None:
@@ -536,10 +526,10 @@ def main() -> None:
             life = life()
         return
     except (Failure, KeyboardInterrupt) as why:
-        log(f"{PROGRAM}: {printable(str(why) or 'interrupted')}\n")  # to standard error, or the launcher
+        write_log(f"{PROGRAM}: {printable(str(why) or 'interrupted')}\n")  # to standard error, or the launcher
         os._exit(why.exit_status if isinstance(why, Failure) else 1)
     except Exception as why:  # a fault of this program
-        log(traced("Process Failed:", why))
+        log_traceback("Process Failed:", why)
         os._exit(1)
 
 
@@ -686,7 +676,7 @@ def await_start(manager: socket.socket) -> None:
     line, _, ready = told.decode(errors="replace").removeprefix(f"{PROGRAM}: ").partition("\n")
     if not ready:
         manager.recv(1)  # ends when the manager has exited
-        log(told.decode(errors="replace") or f"{PROGRAM}: cannot start: the manager died\n")  # escaped by the manager
+        write_log(told.decode(errors="replace") or f"{PROGRAM}: cannot start: the manager died\n")
         os._exit(1)
     say(f"{PROGRAM}: {line}")
 
@@ -756,6 +746,9 @@ class Channels:
                 listener.shutdown(socket.SHUT_RDWR)
 
 
+RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
+
+
 def seqpacket_pair() -> tuple[int, int]:
     """Return the ends of a connection that keeps messages apart: each goes to one of those who read."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -772,13 +765,23 @@ def send_message(end: int, message: str, files: Sequence[int] = ()) -> None:
         socket.send_fds(channel, [message.encode(errors="backslashreplace")], files)
 
 
-def receive_message(end: int) -> tuple[str, list[int]]:
+def read_message(end: int) -> tuple[str, list[int]]:
     """Return the next message and its descriptors; nothing if none has come, or none can come any more."""
     with suppress(BlockingIOError, ConnectionResetError), socket.socket(fileno=os.dup(end)) as channel:
-        # socket.recv_fds() forgets its flags.
-        message, ancillary, _, _ = channel.recvmsg(65536, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
-        return message.decode(errors="replace"), [file for _, _, data in ancillary for file in array.array("i", data)]
+        message, files = receive_message(channel)
+        return message.decode(errors="replace"), files
     return "", []
+
+
+def receive_message(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """Return the next message, b"" at the end, and its descriptors.  Raise BlockingIOError if none has come; OSError."""
+    message, ancillary, flags, _ = channel.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
+    files = [file for _, _, data in ancillary for file in array.array("i", data)]
+    if flags & socket.MSG_CTRUNC:
+        for file in files:
+            os.close(file)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return message, files
 
 
 # ---- Manager ------------------------------------------------------------------------
@@ -798,10 +801,6 @@ SLOT = 8
 VACANT, STARTING, SERVING, ENDING, ENDED = range(5)
 
 
-def in_state(slots: list[memoryview[float]], *states: int) -> list[memoryview[float]]:
-    return [slot for slot in slots if slot[STATE] in states]
-
-
 class Child:
     """What the manager knows of the keeper, or of a generation."""
 
@@ -815,21 +814,25 @@ class Child:
 
     def fork(self) -> bool:
         """Fork it; return whether this is the child.  Raise Failure."""
-        self.forked_at = time.monotonic()
+        self.forked_at, pid = time.monotonic(), -1
         with failing_to("connect processes"):
             self.channel, self.childs_end = seqpacket_pair()
         self.files.append(self.channel)
+        signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)  # until the child is ready for them
         try:
-            self.pid = fork(MANAGER_SIGNALS)
-        except Failure:
-            os.close(self.childs_end)
-            self.close()
-            raise
-        if self.pid:
-            os.close(self.childs_end)
+            with failing_to("fork a process"):
+                pid = os.fork()
+        finally:
+            if pid:
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                os.close(self.childs_end)
+            if pid < 0:
+                self.close()
+        if pid:
+            self.pid = pid
             with suppress(OSError):  # it has done so itself
-                os.setpgid(self.pid, self.pid)
-        return not self.pid
+                os.setpgid(pid, pid)
+        return not pid
 
     def close(self) -> None:
         for file in self.files:
@@ -847,6 +850,9 @@ class Generation(Child):
         self.state = State.LOADING
         self.since = 0.0  # when its workers were up (time.time())
         self.note = ""  # on the failure of its successor
+
+    def slots(self, *states: int) -> list[memoryview[float]]:
+        return [slot for slot in self.board if slot[STATE] in states]
 
 
 #   What becomes of a generation
@@ -881,9 +887,9 @@ class Manager:
     def run(self) -> Life | None:
         """Serve until stopped; return None then, or, in a process just forked, that one's life.  Raise Failure."""
         name_process("daemontest-mngr")
-        log(record("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.")
-            + record("*", f"Max Requests per Child: {self.settings.max_requests}")
-            + record("*", f"daemontest {__version__}, Python {platform.python_version()}"))
+        log("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.",
+            f"Max Requests per Child: {self.settings.max_requests}",
+            f"daemontest {__version__}, Python {platform.python_version()}")
         handle_signals(signal.SIG_IGN, MEANINGLESS)
         handle_signals(do_nothing, MANAGER_SIGNALS)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -904,17 +910,17 @@ class Manager:
                 match signum:
                     case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT:
                         name = signal.Signals(signum).name
-                        log(record("*", f"Caught {name}"))
+                        log("*", f"Caught {name}")
                         self.stop(f"cannot start: caught {name}" if self.has_launcher else "")
                     case signal.SIGHUP:
-                        log(record("*", "Caught SIGHUP"))
+                        log("*", "Caught SIGHUP")
                         self.reload_wanted = True
                         for generation in self.in_state(State.LOADING):  # it begins afresh
                             self.kill(generation)
                     case signal.SIGUSR1:
                         self.log_status()
         self.pid_file.release()  # now that nobody listens any more
-        log(record("*", "Server Terminated."))
+        log("*", "Server Terminated.")
         os.dup2(self.terminal, 2)
         if self.failure:
             raise Failure(self.failure)
@@ -956,7 +962,7 @@ class Manager:
                 return None
             if self.reload_wanted or (not self.in_state(State.SERVING) and now >= self.not_before):
                 settings = self.begin_reload() if self.reload_wanted else self.settings
-                log(record("*", f"Manager Process ID: {os.getpid()}"))
+                log("*", f"Manager Process ID: {os.getpid()}")
                 self.born += 1
                 generation = Generation(self.born, settings)
                 if generation.fork():
@@ -977,14 +983,14 @@ class Manager:
         new, running = self.read(), self.settings
         fixed = {key: getattr(running, key) for key in FIXED if getattr(new, key) != getattr(running, key)}
         if fixed:
-            log(record("*", f"Needs a Restart: {', '.join(fixed)}"))
+            log("*", f"Needs a Restart: {', '.join(fixed)}")
         return replace(new, **fixed)
 
     def read_messages(self) -> None:
         if self.has_launcher and readable(self.terminal, 0):
             self.stop("interrupted")
         for generation in self.in_state(State.LOADING):
-            message, _, why = receive_message(generation.channel)[0].partition(" ")
+            message, _, why = read_message(generation.channel)[0].partition(" ")
             match message:
                 case "imported":
                     send_message(generation.channel, "begin", self.channels.of_workers)
@@ -1011,13 +1017,13 @@ class Manager:
         """Tell whoever is concerned WHY the last generation did not come up."""
         shown = printable(why)
         if self.phase is Phase.STARTING:
-            log(record("*", f"Start Failed: {shown}"))
+            log("*", f"Start Failed: {shown}")
             self.stop(why)
         elif self.pid_file.reload_is_pending():
-            log(record("*", f"Reload Failed: {shown} (nothing changed)"))
+            log("*", f"Reload Failed: {shown} (nothing changed)")
             self.pid_file.tell_reload(why)
         else:
-            log(record("*", f"Generation Failed: {shown}"))
+            log("*", f"Generation Failed: {shown}")
         for serving in self.in_state(State.SERVING):
             serving.note = f"; generation {self.born} failed: {shown}"
         if self.phase is not Phase.STOPPING and not self.in_state(State.SERVING):
@@ -1038,7 +1044,7 @@ class Manager:
         if status or self.phase is not Phase.STOPPING:
             late = time.monotonic() >= keeper.kill_at
             end = "Killed. (still running after the grace" if late else f"Died. ({cause_of_death(status)}"
-            log(record("*", f"Keeper Process {end}; {keeper.numbers[Keeper.CLIENTS]:.0f} clients lost)", keeper.pid))
+            log("*", f"Keeper Process {end}; {keeper.numbers[Keeper.CLIENTS]:.0f} clients lost)", pid=keeper.pid)
         keeper.close()
         keeper.pid = 0
 
@@ -1052,11 +1058,11 @@ class Manager:
         if generation.state is State.LOADING:
             self.loading_failed(not_loaded(generation.settings, f"the process died ({cause})"))
         elif generation.state is State.SERVING:
-            log(record("*", f"Generation Died. ({cause})", generation.pid))
+            log("*", f"Generation Died. ({cause})", pid=generation.pid)
             self.notify(f"generation {generation.number} died: {cause}")
             self.phase, self.not_before = Phase.CHANGING, time.monotonic() + RESPAWN_DELAY
         elif time.monotonic() >= generation.kill_at:
-            log(record("*", "Generation Killed. (still running after the grace)", generation.pid))
+            log("*", "Generation Killed. (still running after the grace)", pid=generation.pid)
 
     def kill(self, generation: Generation) -> None:
         """Kill a generation that is loading, with all that its module has started: there is nothing in it to save."""
@@ -1084,16 +1090,16 @@ class Manager:
     def log_status(self) -> None:
         if self.keeper.pid:
             clients, held = self.keeper.numbers
-            log(record("*", f"Status: keeper with {clients:.0f} clients, {held:.0f} bytes", self.keeper.pid))
+            log("*", f"Status: keeper with {clients:.0f} clients, {held:.0f} bytes", pid=self.keeper.pid)
         for generation in self.generations:
             since = time.strftime(" since %FT%T", time.localtime(generation.since)) if generation.since else ""
-            log(record("*", f"Status: generation {generation.number}, {generation.state.name.lower()}{since}, "
-                            f"{generation.settings.workers} workers", generation.pid))
+            log("*", f"Status: generation {generation.number}, {generation.state.name.lower()}{since}, "
+                     f"{generation.settings.workers} workers", pid=generation.pid)
             for state, pid, called, served, *_ in generation.board:
                 if state != VACANT and pid:
                     handler = f"handler running for {time.monotonic() - called:.1f} s" if called else "handler idle"
                     ending = ", ending" if state >= ENDING else ""
-                    log(record("*", f"Status: worker with {served:.0f} texts served, {handler}{ending}", int(pid)))
+                    log("*", f"Status: worker with {served:.0f} texts served, {handler}{ending}", pid=int(pid))
 
     def notify(self, status: str, state: str = "") -> None:
         """Tell the service manager, if there is one (sd_notify(3))."""
@@ -1104,15 +1110,13 @@ class Manager:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notifier:
                 notifier.sendto(state.encode(errors="replace"), re.sub("^@", "\0", self.notify_socket))
         except OSError as why:
-            log(record("*", f"Cannot Notify: {why.strerror or why}"))
+            log("*", f"Cannot Notify: {why.strerror or why}")
 
 
 # ---- Clients ------------------------------------------------------------------------
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
-RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
-LONG_BYTES = 65536  # of a text that the keeper leaves in a memfd, where it is not copied any more
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
 HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
 
@@ -1137,30 +1141,21 @@ class Client:
         """Send this client through CHANNEL to another process.  Raise BlockingIOError if it is full, or OSError."""
         if len(self.data) > INLINE_BYTES:
             self.move_to_memfd()
-        files, name = [self.connection.fileno()], self.name.encode()
-        if self.memfd != -1:
-            files.append(self.memfd)
-        channel.sendmsg([HEADER.pack(self.is_reply, self.half_closed, len(name)), name, self.data],
-                        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
+        name = self.name.encode()
+        socket.send_fds(channel, [HEADER.pack(self.is_reply, self.half_closed, len(name)), name, self.data],
+                        [self.connection.fileno(), self.memfd][:1 if self.memfd == -1 else 2])
 
     @staticmethod
     def receive(channel: socket.socket, kind: tuple[int, int, int]) -> Client | None:
         """Receive a client from CHANNEL; None at its end.  Raise BlockingIOError if none has come, or OSError."""
-        message, ancillary, flags, _ = channel.recvmsg(HEADER.size + 255 + INLINE_BYTES, socket.CMSG_SPACE(8),
-                                                       socket.MSG_CMSG_CLOEXEC)
+        message, files = receive_message(channel)
         if not message:
             return None
-        files = array.array("i", ancillary[0][2] if ancillary else b"")
-        if flags & socket.MSG_CTRUNC:
-            for file in files:
-                os.close(file)
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        descriptor, memfd, *_ = (*files, -1)
         is_reply, half_closed, length = HEADER.unpack_from(message)
-        begin = HEADER.size + length
-        connection = socket.SocketType(*kind, descriptor)
+        name, data = message[HEADER.size:HEADER.size + length].decode(), message[HEADER.size + length:]
+        connection = socket.SocketType(*kind, files[0])
         connection.setblocking(False)
-        return Client(connection, message[HEADER.size:begin].decode(), half_closed, is_reply, message[begin:], memfd)
+        return Client(connection, name, half_closed, is_reply, data, *files[1:])
 
     def move_to_memfd(self) -> None:
         self.memfd = os.memfd_create("daemontest")
@@ -1172,12 +1167,12 @@ class Client:
         self.size += len(piece)
         if self.memfd == -1:
             self.data += piece
-            if self.size > LONG_BYTES:
+            if self.size > INLINE_BYTES:
                 self.move_to_memfd()
         else:
             os.write(self.memfd, piece)
 
-    def take_data(self) -> bytes | bytearray:
+    def take_data(self) -> bytes:
         """Return the data, which is here no longer.  Raise MemoryError."""
         data = self.data if self.memfd == -1 else os.pread(self.memfd, self.size, 0)
         self.forget_data()
@@ -1204,7 +1199,7 @@ def receive(connection: socket.SocketType) -> bytes | None:
 
 def refuse(client: Client, reason: str) -> None:
     """Give CLIENT an error as its reply, and log it."""
-    log(record("-", f"Client: {client.name}; Refused: {reason}."))
+    log("-", f"Client: {client.name}; Refused: {reason}.")
     client.data, client.is_reply = b"%d error: %b\n" % (os.getpid(), reason.encode()), True
     client.size = len(client.data)
 
@@ -1246,7 +1241,7 @@ class Keeper:
         self.connected = True  # whether there are workers
 
     def run(self) -> None:
-        log(record("*", "Keeper Process Started."))
+        log("*", "Keeper Process Started.")
         self.poller.register(self.from_workers, IN)
         self.poller.register(self.orders, IN)
         self.poller.register(self.to_workers, select.EPOLLONESHOT)
@@ -1262,7 +1257,7 @@ class Keeper:
                     self.take_clients()
             self.advance_late()
             self.pass_texts_on()
-        log(record("*", "Keeper Process Ended."))
+        log("*", "Keeper Process Ended.")
 
     def finished(self) -> bool:
         """Return whether the service stops and no client is left; tell the workers when no more texts come."""
@@ -1284,7 +1279,7 @@ class Keeper:
             except BlockingIOError:
                 return
             except OSError as why:  # for want of descriptors, since long replies take one more
-                log(record("-", f"Client Lost: {why.strerror}."))
+                log("-", f"Client Lost: {why.strerror}.")
                 for oldest in list(self.clients.values())[:1]:
                     self.drop(oldest, "too many clients")
                 continue
@@ -1299,7 +1294,7 @@ class Keeper:
 
     def read_orders(self) -> None:
         """Take settings and log of the generation that now serves; the end of the orders is the order to stop."""
-        message, files = receive_message(self.orders)
+        message, files = read_message(self.orders)
         if message:
             timeout, max_text, grace = message.split()
             self.settings = replace(self.settings, timeout=float(timeout), max_text=int(max_text), grace=float(grace))
@@ -1320,8 +1315,6 @@ class Keeper:
         silent_since = time.monotonic()
         until = silent_since + self.settings.timeout
         try:
-            if client.size <= LONG_BYTES:
-                client.data = bytearray(client.take_data())
             while True:
                 if client.size > self.settings.max_text:
                     raise Failure(f"text longer than {self.settings.max_text} bytes")
@@ -1348,7 +1341,7 @@ class Keeper:
             return
         except OSError as why:
             if client.size:
-                log(record("-", f"Client: {client.name}; Lost: {why.strerror or why}."))
+                log("-", f"Client: {client.name}; Lost: {why.strerror or why}.")
             return
         self.texts.append(client)
         yield 0, math.inf, client.size
@@ -1380,7 +1373,7 @@ class Keeper:
                 elif piece is not None:
                     return
         except OSError as why:
-            log(record("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}."))
+            log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.")
 
     def advance(self, client: Client) -> None:
         """Let the client's conversation go on until it waits again, or ends."""
@@ -1389,7 +1382,7 @@ class Keeper:
         try:
             wait = next(client.conversation, None)
         except Exception as why:  # a fault of this program is not the other clients' fault
-            log(traced("Conversation Failed:", why))
+            log_traceback("Conversation Failed:", why)
             wait = None
         if not wait:
             self.close(client)
@@ -1450,7 +1443,7 @@ class Keeper:
         self.look_at = min(self.look_at, now + 1.0)
 
     def drop(self, client: Client, why: str) -> None:
-        log(record("-", f"Client: {client.name}; Dropped: {why}."))
+        log("-", f"Client: {client.name}; Dropped: {why}.")
         self.close(client)
 
     def close(self, client: Client) -> None:
@@ -1527,14 +1520,15 @@ def fault_of(handler: Any) -> str:
 def load_generation(generation: Generation) -> Life | None:
     """Import the handler, in a process that the manager has just forked; then be the supervisor of its workers."""
     begin_process("daemontest-gen", generation.childs_end, generation.log_file)
-    log(record("*", "Loading configuration."))
+    log("*", "Loading configuration.")
     printed = Printed()
+    printed.renew()
     atexit.register(write_files)
     try:
         handler = load_handler(generation.settings)
     except Failure as why:
         printed.end_line()
-        log(traced("Handler Not Loaded:", why.__cause__ or why))
+        log_traceback("Handler Not Loaded:", why.__cause__ or why)
         send_message(generation.childs_end, f"failed {why}")
         os._exit(1)
     # Undo what the handler's module may have done to this process.
@@ -1545,7 +1539,7 @@ def load_generation(generation: Generation) -> Life | None:
 
     send_message(generation.childs_end, "imported")
     readable(generation.childs_end)
-    _, files = receive_message(generation.childs_end)
+    _, files = read_message(generation.childs_end)
     if not files:
         os._exit(0)  # the manager is gone
     log_to(generation.log_file)
@@ -1559,19 +1553,19 @@ class Supervisor:
     """A generation's own process, which keeps the number of its workers."""
 
     def __init__(self, generation: Generation, handler: Handler, printed: Printed, files: list[int]) -> None:
-        self.settings, self.board, self.channel = generation.settings, generation.board, generation.childs_end
+        self.record, self.channel = generation, generation.childs_end
         self.handler, self.printed, self.stopping = handler, printed, files.pop()
         self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
         for end, patience in zip(self.sockets, (0.0, PATIENCE, 0.0), strict=True):
             end.settimeout(patience)  # whatever default the handler's module has set
         self.kind = self.sockets[0].family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
-        self.nudge_in, self.nudge_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # by which a worker wakes all others
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
         self.up = False  # once all workers have served
         self.drain_by = math.inf
         self.worker: Worker | None = None  # in a worker: what it is
+        self.terminated = 0  # the PID of the process, this one or a worker, that has caught SIGTERM
         self.signals = Signals()
         handle_signals(self.catch, {signal.SIGTERM})
 
@@ -1580,10 +1574,10 @@ class Supervisor:
         while self.children or self.drain_by == math.inf:
             if child := self.spawn_missing():
                 return child
-            if not self.up and len(in_state(self.board, SERVING, ENDING)) >= self.settings.workers:
+            if not self.up and len(self.record.slots(SERVING, ENDING)) >= self.record.settings.workers:
                 self.up = True
                 send_message(self.channel, "up")
-            steady = self.up and self.drain_by == math.inf and not (self.vacant_until or in_state(self.board, ENDING))
+            steady = self.up and self.drain_by == math.inf and not (self.vacant_until or self.record.slots(ENDING))
             self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
             self.read_orders()
             self.reap()
@@ -1595,8 +1589,8 @@ class Supervisor:
 
     def catch(self, *_: object) -> None:
         """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
+        self.terminated = os.getpid()
         if self.worker:
-            self.worker.leaving = True
             self.worker.slot[STATE] = ENDING
             self.worker.wake_generation()
 
@@ -1604,16 +1598,16 @@ class Supervisor:
         """Fork workers for those that are missing, as far as there is room for them."""
         now = time.monotonic()
         self.vacant_until = [until for until in self.vacant_until if until > now]
-        missing = self.settings.workers - len(self.vacant_until) - len(in_state(self.board, STARTING, SERVING))
-        for slot in in_state(self.board, VACANT)[:max(0, missing) if self.drain_by == math.inf else 0]:
+        missing = self.record.settings.workers - len(self.vacant_until) - len(self.record.slots(STARTING, SERVING))
+        for slot in self.record.slots(VACANT)[:max(0, missing) if self.drain_by == math.inf else 0]:
             slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = STARTING, 0, 0, 0, math.inf
             try:
-                pid = fork({signal.SIGTERM})
-            except Failure as why:
+                pid = os.fork()
+            except OSError as why:
                 slot[STATE] = VACANT
                 self.vacant_until += [now + RESPAWN_DELAY] * missing
-                log(record("*", f"Cannot Fork: {str(why).partition(': ')[2]}"))
-                send_message(self.channel, f"failed {why}")
+                log("*", f"Cannot Fork: {why.strerror}")
+                send_message(self.channel, f"failed cannot fork a process: {why.strerror}")
                 break
             if not pid:
                 return lambda: Worker(self, slot).run()
@@ -1624,8 +1618,8 @@ class Supervisor:
         """Drain when the next generation serves.  The end of the channel is the stop, which the workers see, too."""
         if self.channel == -1 or not readable(self.channel, 0):
             return
-        self.drain_by = min(self.drain_by, time.monotonic() + self.settings.grace)
-        if receive_message(self.channel)[0] == "drain":
+        self.drain_by = min(self.drain_by, time.monotonic() + self.record.settings.grace)
+        if read_message(self.channel)[0] == "drain":
             for pid in self.children:
                 os.kill(pid, signal.SIGTERM)
             return
@@ -1644,7 +1638,7 @@ class Supervisor:
                 del self.children[pid]
                 self.reap_worker(pid, slot, status)
             elif slot[STATE] == ENDING and not slot[CALLED]:
-                slot[END_BY] = min(slot[END_BY], time.monotonic() + self.settings.grace)
+                slot[END_BY] = min(slot[END_BY], time.monotonic() + self.record.settings.grace)
 
     def reap_worker(self, pid: int, slot: memoryview[float], status: int) -> None:
         state, called, slot[STATE] = slot[STATE], slot[CALLED], VACANT
@@ -1656,8 +1650,8 @@ class Supervisor:
         if cause == "SIGKILL" and time.monotonic() >= min(slot[END_BY], self.drain_by):
             end = "Killed. (still running after the grace)"
         elif cause == "SIGALRM" and called:
-            end = f"Killed. (handler ran longer than {self.settings.handler_timeout:g} s)"
-        log(record("*", f"Child Process {end}", pid))
+            end = f"Killed. (handler ran longer than {self.record.settings.handler_timeout:g} s)"
+        log("*", f"Child Process {end}", pid=pid)
         if state in (STARTING, SERVING):
             self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
         if not self.up:
@@ -1668,7 +1662,7 @@ class Supervisor:
 
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text
 FLOWING_BYTES = 2**20  # that have come, or gone, since a client was last waited for earn it another moment
-IMPATIENCE = 0.1  # s after a moment that was waited in vain
+IMPATIENCE = 0.02  # s after a moment that was waited in vain
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
 PATIENCE = 1.0  # s with a keeper that takes no clients, because it is stopped or has just died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -1682,11 +1676,12 @@ class Worker:
         for file in (generation.channel, generation.lifeline_out, generation.signals.reading):
             os.close(file)
         name_process("daemontest-work")
-        self.generation, self.slot, self.handler, self.pid = generation, slot, generation.handler, os.getpid()
+        self.generation, self.settings, self.handler = generation, generation.record.settings, generation.handler
+        self.slot, self.pid = slot, os.getpid()
         self.listener, self.to_keeper, self.from_keeper = generation.sockets
         self.signals = Signals()
-        self.requests_left = generation.settings.max_requests
-        self.leaving = self.stopping = False  # it has been told to exit; the service stops
+        self.requests_left = self.settings.max_requests
+        self.leaving = self.stopping = False  # it is to exit; the service stops
         self.client: Client | None = None  # being served
         self.impatient_until = 0.0
         if self.handler is not text_length:
@@ -1695,34 +1690,29 @@ class Worker:
             disown()
             os.register_at_fork(after_in_child=self.let_fork_go)
         generation.worker = self
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def wake_generation(self) -> None:
         with suppress(OSError):  # it is dead, or awake
             os.write(self.generation.signals.writing, b"\0")
 
     def run(self) -> None:
-        log(record("*", "Child Process Started."))
+        log("*", "Child Process Started.")
         self.slot[PID], self.slot[STATE] = self.pid, SERVING
         if not self.generation.up:
             self.wake_generation()
-        poller, settings = select.epoll(), self.generation.settings
-        listener, from_keeper, nudge = self.listener.fileno(), self.from_keeper.fileno(), self.generation.nudge_in
-        for file in (listener, from_keeper):  # a client wakes one of the workers that wait (epoll_ctl(2))
-            poller.register(file, IN | select.EPOLLEXCLUSIVE)
-        for file in (nudge, self.signals.reading, self.generation.stopping, self.generation.lifeline):
+        poller, listener, from_keeper = select.epoll(), self.listener.fileno(), self.from_keeper.fileno()
+        # A client wakes one of the workers that wait (epoll_ctl(2)).  But one that a new client has woken, too, may be
+        # with that for long: so a text from the keeper wakes all of them.
+        poller.register(listener, IN | select.EPOLLEXCLUSIVE)
+        poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
+        for file in (self.signals.reading, self.generation.stopping, self.generation.lifeline):
             poller.register(file, IN)
         # It goes on beyond its number while as many are ending as are to serve, and at a stop until no more texts come.
-        while not self.leaving and (self.requests_left > 0 or self.stopping
-                                    or len(in_state(self.generation.board, ENDING)) >= settings.workers):
+        while not self.is_leaving() and (
+                self.requests_left > 0 or self.stopping
+                or len(self.generation.record.slots(ENDING)) >= self.settings.workers):
             # Do all that this worker was woken for before it looks whether to go on: nobody else may have been woken.
             ready = dict(poller.poll(None if self.requests_left > 0 or self.stopping else TICK))
-            with suppress(BlockingIOError):
-                if nudge in ready:
-                    os.read(nudge, 100)
-                # It may serve one of them for long; nobody else has been woken for the other.
-                if listener in ready and from_keeper in ready and self.handler is not text_length:
-                    os.write(self.generation.nudge_out, b"\0")
             if self.generation.stopping in ready:
                 poller.unregister(self.generation.stopping)
                 poller.unregister(listener)
@@ -1730,17 +1720,22 @@ class Worker:
                 self.stopping = True
             elif listener in ready:
                 self.accept_clients()
-            if from_keeper in ready or nudge in ready:
+            if from_keeper in ready:
                 self.take_text()
-            if self.signals.reading in ready and signal.SIGTERM in self.signals.take():
-                log(record("*", "Caught SIGTERM"))
+            if self.signals.reading in ready:
+                self.signals.take()
             if self.generation.lifeline in ready:
                 self.leaving = True
+        if self.generation.terminated == self.pid:
+            log("*", "Caught SIGTERM")
         self.slot[STATE] = ENDED if self.handler is text_length else ENDING
-        log(record("*", f"Child Process Ended. ({max(0, self.requests_left)})"))
+        log("*", f"Child Process Ended. ({max(0, self.requests_left)})")
         if self.handler is text_length:
             os._exit(0)  # nothing is to be finished
         self.wake_generation()
+
+    def is_leaving(self) -> bool:
+        return self.leaving or self.generation.terminated == self.pid
 
     def accept_clients(self) -> None:
         """Serve new clients one after the other, for a moment without asking epoll in between."""
@@ -1753,13 +1748,13 @@ class Worker:
                 return
             except OSError as why:
                 if why.errno in OUT_OF_RESOURCES:
-                    log(record("*", f"Cannot Accept: {why.strerror}"))
+                    log("*", f"Cannot Accept: {why.strerror}")
                     sys.exit()  # but not as ENDING, so the next one comes after a delay
                 return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
             connection = socket.SocketType(*self.generation.kind, descriptor)
             connection.setblocking(False)  # whatever default the handler's module has set
             self.serve(Client(connection, address[0].removeprefix("::ffff:")), self.receive)
-            if self.leaving or self.requests_left <= 0 or time.monotonic() > end:
+            if self.is_leaving() or self.requests_left <= 0 or time.monotonic() > end:
                 return
 
     def take_text(self) -> None:
@@ -1770,7 +1765,7 @@ class Worker:
             else:  # the service stops, and no more texts come
                 self.leaving = True
 
-    def serve(self, client: Client, get_text: Callable[[Client], bytes | bytearray | None]) -> None:
+    def serve(self, client: Client, get_text: Callable[[Client], bytes | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
         self.client, started = client, False
         try:
@@ -1781,7 +1776,7 @@ class Worker:
             whole = text.decode()
             text = client.data = b""  # it may be large
             self.log_text(client, whole)
-            started = self.generation.settings.log != "life"
+            started = self.settings.log != "life"
             client.data, client.is_reply = self.handle(whole), True
         except UnicodeDecodeError as why:
             refuse(client, f"text is not UTF-8 at byte offset {why.start}")
@@ -1789,7 +1784,7 @@ class Worker:
             refuse(client, str(why) or "not enough memory")
         except OSError as why:
             if client.data or client.memfd != -1:
-                log(record("-", f"Client: {client.name}; Lost: {why.strerror or why}.", self.pid))
+                log("-", f"Client: {client.name}; Lost: {why.strerror or why}.", pid=self.pid)
             return
         finally:
             if not client.is_reply:
@@ -1798,10 +1793,10 @@ class Worker:
         try:
             self.deliver(client)
         except OSError as why:
-            log(record("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.", self.pid))
+            log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.", pid=self.pid)
         client.close()  # sends what was held back, in one packet with the end
         if started:
-            log(record("-", "Client Query Processing Ended.", self.pid))
+            log("-", "Client Query Processing Ended.", pid=self.pid)
 
     def receive(self, client: Client) -> bytes | None:
         """Return a whole text; or None, and the keeper is to see to the rest."""
@@ -1812,7 +1807,7 @@ class Worker:
                 if piece:
                     pieces.append(piece)
                     size += len(piece)
-                    if size > self.generation.settings.max_text:
+                    if size > self.settings.max_text:
                         break  # it is to be refused
                 elif size and size >= wait_at and self.wait_a_moment(IN, client, size):
                     wait_at = size + FLOWING_BYTES
@@ -1837,15 +1832,13 @@ class Worker:
 
     def log_text(self, client: Client, text: str) -> None:
         """Log the client's text, or as much of it as one write takes."""
-        wanted = self.generation.settings.log
-        records = (record("-", "Client Query Processing Started.", self.pid)
-                   + record("-", f"Client: {client.name}; Received Text{':' if wanted == 'texts' else '.'}", self.pid))
-        if wanted == "texts":
-            records += indented(text[:LOGGED])
-            if len(text) > LOGGED:
-                records += record("-", f"Logged {LOGGED} of {len(text)} Characters.", self.pid)
+        wanted = self.settings.log
         if wanted != "life":
-            log(records)
+            shown = text[:LOGGED] if wanted == "texts" else ""
+            log("-", "Client Query Processing Started.",
+                f"Client: {client.name}; Received Text{':' if wanted == 'texts' else '.'}", pid=self.pid, text=shown)
+            if len(text) > LOGGED and shown:
+                log("-", f"Logged {LOGGED} of {len(text)} Characters.")
 
     def deliver(self, client: Client) -> None:
         """Send the reply.  A client that makes us wait, or has not half-closed, goes to the keeper.  Raise OSError."""
@@ -1868,13 +1861,13 @@ class Worker:
         self.generation.printed.renew()
         try:
             self.slot[CALLED] = time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, self.generation.settings.handler_timeout)
+            signal.setitimer(signal.ITIMER_REAL, self.settings.handler_timeout)
             reply = self.handler(text)
             if not isinstance(reply, str):
                 raise TypeError(f"handler returned {type(reply).__name__}, expected str")
             return b"%d %b\n" % (self.pid, str.encode(reply))
         except BaseException as why:  # SystemExit too: no text ends a worker
-            log(traced("Handler Failed:", why))
+            log_traceback("Handler Failed:", why)
             raise Failure("handler failed") from None
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1912,7 +1905,7 @@ def write_files(at_end: bool = True) -> None:
             if not file.closed:
                 file.close() if at_end and type(file).__module__ != "_io" else file.flush()
         except Exception as why:
-            log(traced("Not Written:", why))
+            log_traceback("Not Written:", why)
 
 
 def disown() -> None:
