@@ -30,13 +30,13 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import glob
 import importlib
 import inspect
 import io
 import math
 import mmap
 import os
-import platform
 import re
 import resource
 import select
@@ -214,14 +214,12 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 file = self.open_for(os.O_RDWR | os.O_CREAT)
                 if not take_lock(file, fcntl.LOCK_SH):
                     raise Failure(f"cannot start: already running (PID file {self.path})")
-                content = os.read(file, 2000)
-                if not re.fullmatch(rb"\s*(\d{1,32}|\S{0,32})\s*", content) or os.read(file, 1):
+                if not re.fullmatch(rb"\s*(\d{1,32}|\S{0,32})\s*", os.pread(file, 2000, 0)):
                     raise OSError("not a PID file, since it holds more than a number")
                 if os.fstat(file).st_uid != os.geteuid():
                     os.unlink(self.path)  # left over by another user: only root comes here
                 elif take_lock(file, fcntl.LOCK_EX) and self.is_at_path(file):
                     os.truncate(file, 0)
-                    os.lseek(file, 0, os.SEEK_SET)
                     os.fchmod(file, 0o644)
                     self.lock = file
                     return
@@ -344,9 +342,6 @@ class Signals:
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.arm()
-
-    def arm(self) -> None:
         signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
 
     def wait(self, seconds: float | None, *files: int) -> list[int]:
@@ -371,8 +366,6 @@ def reset_signals() -> None:
     """Set what signals mean in all processes but the manager."""
     signal.set_wakeup_fd(-1)
     handle_signals(do_nothing, OTHERS_MEANINGLESS)
-    if os.isatty(2):  # a terminal may stop background groups that write to it
-        handle_signals(signal.SIG_IGN, {signal.SIGTTOU})
     handle_signals(signal.SIG_DFL, {signal.SIGCHLD, signal.SIGALRM})
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
@@ -510,8 +503,7 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 def main() -> None:
     """Do what the command line says; and, in each process that is forked meanwhile, what that one is to do.
 
-    What has forked returns the child's life to here, so that no child runs on its parent's stack.  At the end of a life
-    the interpreter does what it does for any program, except taking every module apart: os._exit() is called before.
+    What has forked returns the child's life to here, so that no child runs on its parent's stack.
     """
     # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
     while os.open(os.devnull, os.O_RDWR) < 2:
@@ -520,7 +512,7 @@ def main() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
     life: Life | None = parse_command_line()
-    atexit.register(os._exit, 0)
+    atexit.register(os._exit, 0)  # called last: the interpreter does all it does at its end, but take modules apart
     try:
         while life:
             life = life()
@@ -664,14 +656,9 @@ def start(read: Read, detach: bool) -> Life | None:
 
 
 def await_start(manager: socket.socket) -> None:
-    """Wait, as the launcher, for the manager's line, and "ready" if it has started; print it, or raise Failure."""
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
-        told = manager.recv(65536)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        manager.shutdown(socket.SHUT_WR)  # at which the manager stops
-        told = manager.recv(65536)
+    """Print the manager's line, and "ready" if it has started.  Ctrl-C ends the launcher; then the manager stops."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
+    told = manager.recv(65536)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line, _, ready = told.decode(errors="replace").removeprefix(f"{PROGRAM}: ").partition("\n")
     if not ready:
@@ -685,39 +672,28 @@ def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
     """Return the listening socket, and whether it is ours, not systemd's (sd_listen_fds(3)).  Raise Failure."""
     handed_over, for_whom, *_ = (os.environ.pop(f"LISTEN_{each}", "") for each in ("FDS", "PID", "FDNAMES", "PIDFDID"))
     if handed_over and for_whom == str(os.getpid()):
-        if handed_over != "1":
-            raise Failure(f"cannot use LISTEN_FDS: expected one socket, not {handed_over}; use one ListenStream=")
-        with suppress(OSError):
+        with failing_to("use LISTEN_FDS"):
             listener = socket.socket(fileno=3)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # refused by what is not TCP
+            if (handed_over != "1" or listener.family not in (socket.AF_INET, socket.AF_INET6)
+                    or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+                raise OSError(f"expected one listening TCP socket, not {handed_over} sockets; use one ListenStream=")
             listener.set_inheritable(False)
-            if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                return listener, False
-        raise Failure("cannot use LISTEN_FDS: expected a listening TCP socket")
+            return listener, False
     act = f"listen on {settings.bind} port {settings.port}".replace("  ", " ")
     with failing_to(act):
         dual = not settings.bind and socket.has_dualstack_ipv6()
-        family, address = socket.AF_INET6 if dual else socket.AF_INET, (settings.bind, settings.port)
-        if settings.bind:
-            found: list[Any] = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-            family, _, _, _, address = min(found)  # IPv4, if the name has such an address
+        found: list[Any] = sorted(socket.getaddrinfo(settings.bind or None, settings.port, type=socket.SOCK_STREAM,
+                                                     flags=socket.AI_PASSIVE))
+        family, _, _, _, address = found[-1 if dual else 0]  # IPv4, if the name has such an address
     try:
         return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual), True
     except OSError as why:
         reason = os.strerror(why.errno or 0)
-        if why.errno == errno.EADDRINUSE and not somebody_listens(settings.port):
+        tables = "".join(open(name).read() for name in glob.glob("/proc/self/net/tcp*"))
+        if why.errno == errno.EADDRINUSE and not re.search(rf": \w+:{settings.port:04X} \w+:0000 0A ", tables):
             reason += " by an outgoing connection, nobody listens: try again in a minute, or reserve the port" \
                       " (net.ipv4.ip_local_reserved_ports)"
         raise Failure(f"cannot {act}: {reason}") from why
-
-
-def somebody_listens(port: int) -> bool:
-    """Return whether a socket listens on PORT, by the kernel's tables (proc(5))."""
-    tables = ""
-    for name in ("tcp", "tcp6"):
-        with suppress(OSError), open(f"/proc/self/net/{name}") as file:
-            tables += file.read()
-    return bool(re.search(rf": \w+:{port:04X} \w+:0000 0A ", tables))
 
 
 class Channels:
@@ -725,7 +701,6 @@ class Channels:
 
     def __init__(self, listener: socket.socket, listener_is_ours: bool) -> None:
         listener.setblocking(False)
-        self.kind = listener.family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.listener, self.listener_is_ours = listener.detach(), listener_is_ours
         # Clients on their way from the workers to the keeper, and, when their texts are whole, on their way back.
         slow_in, slow_out = seqpacket_pair()
@@ -774,7 +749,7 @@ def read_message(end: int) -> tuple[str, list[int]]:
 
 
 def receive_message(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """Return the next message, b"" at the end, and its descriptors.  Raise BlockingIOError if none has come; OSError."""
+    """Return the next message and its descriptors, b"" at the end.  Raise OSError; BlockingIOError if none is there."""
     message, ancillary, flags, _ = channel.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
     files = [file for _, _, data in ancillary for file in array.array("i", data)]
     if flags & socket.MSG_CTRUNC:
@@ -797,8 +772,7 @@ State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of
 # END_BY it is killed.  SLOT numbers fill a line of the processor's cache, so that no two processes write to the same.
 STATE, PID, CALLED, SERVED, END_BY = range(5)
 SLOT = 8
-# Its STATE: ENDING still has its handler or exit functions to finish; of ENDED nothing is left but to reap it.
-VACANT, STARTING, SERVING, ENDING, ENDED = range(5)
+VACANT, STARTING, SERVING, ENDING = range(4)  # its STATE: while ENDING it finishes its handler, and exit functions
 
 
 class Child:
@@ -849,7 +823,6 @@ class Generation(Child):
         self.files.append(self.log_file)
         self.state = State.LOADING
         self.since = 0.0  # when its workers were up (time.time())
-        self.note = ""  # on the failure of its successor
 
     def slots(self, *states: int) -> list[memoryview[float]]:
         return [slot for slot in self.board if slot[STATE] in states]
@@ -889,7 +862,7 @@ class Manager:
         name_process("daemontest-mngr")
         log("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.",
             f"Max Requests per Child: {self.settings.max_requests}",
-            f"daemontest {__version__}, Python {platform.python_version()}")
+            f"daemontest {__version__}, Python {sys.version.split()[0]}")
         handle_signals(signal.SIG_IGN, MEANINGLESS)
         handle_signals(do_nothing, MANAGER_SIGNALS)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -936,7 +909,7 @@ class Manager:
             return
         serving, workers = self.generations[0], self.settings.workers
         since = time.strftime("since %T", time.localtime(serving.since))
-        self.notify(f"{workers} workers, generation {serving.number} {since}{serving.note}",
+        self.notify(f"{workers} workers, generation {serving.number} {since}",
                     f"READY=1\nMAINPID={os.getpid()}\n")
         if self.pid_file.reload_is_pending() and not self.reload_wanted:
             self.pid_file.tell_reload("ok")
@@ -1024,8 +997,6 @@ class Manager:
             self.pid_file.tell_reload(why)
         else:
             log("*", f"Generation Failed: {shown}")
-        for serving in self.in_state(State.SERVING):
-            serving.note = f"; generation {self.born} failed: {shown}"
         if self.phase is not Phase.STOPPING and not self.in_state(State.SERVING):
             self.notify(f"generation {self.born} failed: {shown}")
             self.not_before = time.monotonic() + RESPAWN_DELAY
@@ -1116,6 +1087,8 @@ class Manager:
 # ---- Clients ------------------------------------------------------------------------
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
+# What an accepted socket is, as plain numbers; nothing that is called here depends on its family.
+CONNECTION = int(socket.AF_INET), int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
 HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
@@ -1146,16 +1119,14 @@ class Client:
                         [self.connection.fileno(), self.memfd][:1 if self.memfd == -1 else 2])
 
     @staticmethod
-    def receive(channel: socket.socket, kind: tuple[int, int, int]) -> Client | None:
+    def receive(channel: socket.socket) -> Client | None:
         """Receive a client from CHANNEL; None at its end.  Raise BlockingIOError if none has come, or OSError."""
         message, files = receive_message(channel)
         if not message:
             return None
         is_reply, half_closed, length = HEADER.unpack_from(message)
         name, data = message[HEADER.size:HEADER.size + length].decode(), message[HEADER.size + length:]
-        connection = socket.SocketType(*kind, files[0])
-        connection.setblocking(False)
-        return Client(connection, name, half_closed, is_reply, data, *files[1:])
+        return Client(connection_of(files[0]), name, half_closed, is_reply, data, *files[1:])
 
     def move_to_memfd(self) -> None:
         self.memfd = os.memfd_create("daemontest")
@@ -1163,8 +1134,11 @@ class Client:
             file.write(self.data)
         self.data = b""
 
-    def append(self, piece: bytes) -> None:
+    def append(self, piece: bytes, most: int) -> None:
+        """Take a PIECE of the text.  Raise Failure if that is longer than MOST bytes now."""
         self.size += len(piece)
+        if self.size > most:
+            raise Failure(f"text longer than {most} bytes")
         if self.memfd == -1:
             self.data += piece
             if self.size > INLINE_BYTES:
@@ -1187,6 +1161,13 @@ class Client:
     def close(self) -> None:
         self.forget_data()
         self.connection.close()
+
+
+def connection_of(descriptor: int) -> socket.SocketType:
+    """Return the connection that a DESCRIPTOR is, non-blocking, whatever default the handler's module has set."""
+    connection = socket.SocketType(*CONNECTION, descriptor)
+    connection.setblocking(False)
+    return connection
 
 
 def receive(connection: socket.SocketType) -> bytes | None:
@@ -1257,6 +1238,7 @@ class Keeper:
                     self.take_clients()
             self.advance_late()
             self.pass_texts_on()
+            self.numbers[self.CLIENTS] = len(self.clients)
         log("*", "Keeper Process Ended.")
 
     def finished(self) -> bool:
@@ -1266,26 +1248,20 @@ class Keeper:
         if time.monotonic() >= self.stopped_at + LAST_CALL and all(client.is_reply for client in self.clients.values()):
             with suppress(OSError):  # the workers are gone
                 self.to_workers.shutdown(socket.SHUT_WR)
-        if not self.connected:
-            for client in [client for client in self.clients.values() if not client.is_reply]:
-                self.drop(client, "the service stops")
         return not self.connected and not self.clients
 
     def take_clients(self) -> None:
         """Take those that workers pass on, all that have come by now."""
         while self.connected:
             try:
-                client = Client.receive(self.from_workers, self.channels.kind)
+                client = Client.receive(self.from_workers)
             except BlockingIOError:
                 return
             except OSError as why:  # for want of descriptors, since long replies take one more
                 log("-", f"Client Lost: {why.strerror}.")
-                for oldest in list(self.clients.values())[:1]:
-                    self.drop(oldest, "too many clients")
                 continue
             if client:
                 self.clients[client.connection.fileno()] = client
-                self.numbers[self.CLIENTS] += 1
                 client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
                 self.advance(client)
             else:
@@ -1316,23 +1292,21 @@ class Keeper:
         until = silent_since + self.settings.timeout
         try:
             while True:
-                if client.size > self.settings.max_text:
-                    raise Failure(f"text longer than {self.settings.max_text} bytes")
                 before, quiet_at = client.size, math.inf
                 if 0 < before <= OPEN_SIDE_BYTES:
                     quiet_at = silent_since + (0.1 if client.data.endswith(b"\n") else 1.0)
                 yield IN, min(until, self.end_by, quiet_at), before
-                while (piece := receive(client.connection)) and client.size <= self.settings.max_text:
-                    client.append(piece)
+                while piece := receive(client.connection):
+                    client.append(piece, self.settings.max_text)
                 now = time.monotonic()
                 if client.size > before:
                     silent_since, quiet_at = now, math.inf
                 client.half_closed = piece == b""
-                if client.size <= self.settings.max_text and (client.half_closed or now >= quiet_at):
+                if client.half_closed or now >= quiet_at:
                     break
                 if not client.size and now >= min(until, self.stopped_at):
                     return
-                if not piece and now >= min(until, self.end_by):
+                if now >= min(until, self.end_by):
                     raise Failure(f"text not ended within {self.settings.timeout:g} s")
         except (Failure, MemoryError) as why:
             client.forget_data()
@@ -1428,10 +1402,7 @@ class Keeper:
             self.texts.popleft()
 
     def keep_within_bounds(self) -> None:
-        """Drop the clients held longest while they take too many descriptors or bytes; not the newest.
-
-        Nor one that is reading its reply, for its bytes.
-        """
+        """Drop the clients held longest while they take too much; not the newest, nor for its bytes one that reads."""
         most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
         if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
             return
@@ -1448,7 +1419,6 @@ class Keeper:
 
     def close(self, client: Client) -> None:
         self.watch(client, 0)
-        self.numbers[self.CLIENTS] -= 1
         self.numbers[self.BYTES] -= client.held
         self.files -= client.files
         client.conversation = None
@@ -1478,8 +1448,6 @@ def load_handler(settings: Settings) -> Handler:
         places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(why.__traceback__)]
         own = [each for each in places if each[0].startswith(settings.directory) and "/site-packages/" not in each[0]]
         reason += " ({}, line {})".format(*own[-1]) if own and own[-1][0] != __file__ else ""
-        if isinstance(why, SyntaxError):
-            reason = f"{type(why).__name__}: {why.msg} ({why.filename}, line {why.lineno})"
         if isinstance(why, ModuleNotFoundError) and why.name and f"{module_name}.".startswith(f"{why.name}."):
             reason = f"no module {why.name} in {settings.directory}, nor where Python looks"
             if why.name == f"{top}.py":
@@ -1504,11 +1472,10 @@ def fault_of(handler: Any) -> str:
         return "is not there"
     if isinstance(handler, type) or not callable(handler):
         return "is not a function"
-    for function in (handler, type(handler).__call__):
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            return "is async"
-        if inspect.isgeneratorfunction(function):
-            return "is a generator function"
+    if inspect.iscoroutinefunction(handler) or inspect.isasyncgenfunction(handler):
+        return "is async"
+    if inspect.isgeneratorfunction(handler):
+        return "is a generator function"
     with suppress(ValueError):  # some built-in functions do not tell
         try:
             inspect.signature(handler).bind("")
@@ -1552,6 +1519,34 @@ def load_generation(generation: Generation) -> Life | None:
     return supervisor.run()
 
 
+WRITABLE: list[Any] = []  # files; gc.freeze() hides those of the import from gc.get_objects()
+
+
+def write_files(at_end: bool = True) -> None:
+    """Write what open files hold in their buffers, outer layers first; close those that only then are whole."""
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
+    for file in [each for each in objects if type(each) in kinds]:
+        with suppress(Exception):  # it is closed, detached, or a class of the handler's own
+            if file.writable():  # a thread that did not survive the fork may hold the lock of one that is only read
+                WRITABLE.append(file)
+    WRITABLE.sort(key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io"))
+    for file in WRITABLE:
+        try:
+            if not file.closed:
+                file.close() if at_end and type(file).__module__ != "_io" else file.flush()
+        except Exception as why:
+            log_traceback("Not Written:", why)
+
+
+def disown() -> None:
+    """Let no worker clean up what the import has created, such as temporary directories.  No public way does it."""
+    if "multiprocessing.process" in sys.modules:
+        sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+        finalizer.atexit = False
+
+
 class Supervisor:
     """A generation's own process, which keeps the number of its workers."""
 
@@ -1561,16 +1556,15 @@ class Supervisor:
         self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
         for end, patience in zip(self.sockets, (0.0, PATIENCE, 0.0), strict=True):
             end.settimeout(patience)  # whatever default the handler's module has set
-        self.kind = self.sockets[0].family, socket.SOCK_STREAM, socket.IPPROTO_TCP  # of accepted sockets
         self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
         self.up = False  # once all workers have served
         self.drain_by = math.inf
         self.worker: Worker | None = None  # in a worker: what it is
-        self.terminated = 0  # the PID of the process, this one or a worker, that has caught SIGTERM
         self.signals = Signals()
         handle_signals(self.catch, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for workers, until they are ready for it
 
     def run(self) -> Life | None:
         """Keep workers until told to drain or to stop; in a worker just forked, return its life."""
@@ -1592,8 +1586,8 @@ class Supervisor:
 
     def catch(self, *_: object) -> None:
         """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
-        self.terminated = os.getpid()
         if self.worker:
+            self.worker.leaving = True
             self.worker.slot[STATE] = ENDING
             self.worker.wake_generation()
 
@@ -1645,7 +1639,7 @@ class Supervisor:
 
     def reap_worker(self, pid: int, slot: memoryview[float], status: int) -> None:
         state, called, slot[STATE] = slot[STATE], slot[CALLED], VACANT
-        if state in (ENDING, ENDED) and not status:
+        if state == ENDING and not status:
             return
         kill_group(pid)  # what its handler has forked would keep clients waiting, and pools wait for ever
         cause = "unknown" if status == -1 else cause_of_death(status)
@@ -1664,7 +1658,7 @@ class Supervisor:
 # ---- Worker -------------------------------------------------------------------------
 
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text
-FLOWING_BYTES = 2**20  # that have come, or gone, since a client was last waited for earn it another moment
+FLOWING_BYTES = 2**20  # that have come since a client was last waited for earn it another moment
 IMPATIENCE = 0.02  # s after a moment that was waited in vain
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
 PATIENCE = 1.0  # s with a keeper that takes no clients, because it is stopped or has just died
@@ -1693,6 +1687,7 @@ class Worker:
             disown()
             os.register_at_fork(after_in_child=self.let_fork_go)
         generation.worker = self
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def wake_generation(self) -> None:
         with suppress(OSError):  # it is dead, or awake
@@ -1711,9 +1706,8 @@ class Worker:
         for file in (self.signals.reading, self.generation.stopping, self.generation.lifeline):
             poller.register(file, IN)
         # It goes on beyond its number while as many are ending as are to serve, and at a stop until no more texts come.
-        while not self.is_leaving() and (
-                self.requests_left > 0 or self.stopping
-                or len(self.generation.record.slots(ENDING)) >= self.settings.workers):
+        while not self.leaving and (self.requests_left > 0 or self.stopping
+                                    or len(self.generation.record.slots(ENDING)) >= self.settings.workers):
             # Do all that this worker was woken for before it looks whether to go on: nobody else may have been woken.
             ready = dict(poller.poll(None if self.requests_left > 0 or self.stopping else TICK))
             if self.generation.stopping in ready:
@@ -1725,20 +1719,17 @@ class Worker:
                 self.accept_clients()
             if from_keeper in ready:
                 self.take_text()
-            if self.signals.reading in ready:
+            if self.signals.reading in ready and not self.leaving:
                 self.signals.take()
             if self.generation.lifeline in ready:
                 self.leaving = True
-        if self.generation.terminated == self.pid:
+        if signal.SIGTERM in self.signals.take():
             log("*", "Caught SIGTERM")
-        self.slot[STATE] = ENDED if self.handler is text_length else ENDING
+        self.slot[STATE] = ENDING
         log("*", f"Child Process Ended. ({max(0, self.requests_left)})")
         if self.handler is text_length:
             os._exit(0)  # nothing is to be finished
         self.wake_generation()
-
-    def is_leaving(self) -> bool:
-        return self.leaving or self.generation.terminated == self.pid
 
     def accept_clients(self) -> None:
         """Serve new clients one after the other, for a moment without asking epoll in between."""
@@ -1754,16 +1745,14 @@ class Worker:
                     log("*", f"Cannot Accept: {why.strerror}")
                     sys.exit()  # but not as ENDING, so the next one comes after a delay
                 return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
-            connection = socket.SocketType(*self.generation.kind, descriptor)
-            connection.setblocking(False)  # whatever default the handler's module has set
-            self.serve(Client(connection, address[0].removeprefix("::ffff:")), self.receive)
-            if self.is_leaving() or self.requests_left <= 0 or time.monotonic() > end:
+            self.serve(Client(connection_of(descriptor), address[0].removeprefix("::ffff:")), self.receive)
+            if self.leaving or self.requests_left <= 0 or time.monotonic() > end:
                 return
 
     def take_text(self) -> None:
         """Take a client whose text is whole from the keeper, and answer it."""
         with suppress(BlockingIOError):
-            if client := Client.receive(self.from_keeper, self.generation.kind):
+            if client := Client.receive(self.from_keeper):
                 self.serve(client, Client.take_data)
             else:  # the service stops, and no more texts come
                 self.leaving = True
@@ -1811,8 +1800,8 @@ class Worker:
                     pieces.append(piece)
                     size += len(piece)
                     if size > self.settings.max_text:
-                        break  # it is to be refused
-                elif size and size >= wait_at and self.wait_a_moment(IN, client, size):
+                        raise Failure(f"text longer than {self.settings.max_text} bytes")
+                elif size and size >= wait_at and self.wait_a_moment(client, size):
                     wait_at = size + FLOWING_BYTES
                 else:
                     break
@@ -1821,14 +1810,14 @@ class Worker:
         client.half_closed = piece == b""
         return client.data if client.half_closed else None
 
-    def wait_a_moment(self, event: int, client: Client, passed: int) -> bool:
-        """Return whether the client, of whom so many bytes have PASSED, goes on within a moment.
+    def wait_a_moment(self, client: Client, size: int) -> bool:
+        """Return whether the client, which has sent SIZE bytes, goes on within a moment.
 
-        Where one has been waited for in vain, the next ones are not, unless they send or read much.
+        Where one has been waited for in vain, the next ones are not, unless they send much.
         """
-        if passed < FLOWING_BYTES and time.monotonic() < self.impatient_until:
+        if size < FLOWING_BYTES and time.monotonic() < self.impatient_until:
             return False
-        came = wait_for(event, A_MOMENT, client.connection.fileno())
+        came = wait_for(select.POLLIN, A_MOMENT, client.connection.fileno())
         if not came:
             self.impatient_until = time.monotonic() + IMPATIENCE
         return came
@@ -1845,16 +1834,11 @@ class Worker:
 
     def deliver(self, client: Client) -> None:
         """Send the reply.  A client that makes us wait, or has not half-closed, goes to the keeper.  Raise OSError."""
-        reply, sent, wait_at = memoryview(client.data), 0, 0
-        while sent < len(reply):
-            try:  # MSG_MORE sends the end of the reply and FIN in one packet
-                sent += client.connection.send(reply[sent:], socket.MSG_MORE if client.half_closed else 0)
-            except BlockingIOError:
-                if sent < wait_at or not self.wait_a_moment(OUT, client, sent):
-                    break
-                wait_at = sent + FLOWING_BYTES
-        if sent < len(reply) or not client.half_closed:
-            client.data = reply[sent:]
+        sent = 0
+        with suppress(BlockingIOError):  # MSG_MORE sends the end of the reply and FIN in one packet
+            sent = client.connection.send(client.data, socket.MSG_MORE if client.half_closed else 0)
+        if sent < len(client.data) or not client.half_closed:
+            client.data = memoryview(client.data)[sent:]
             client.send(self.to_keeper)
 
     def handle(self, text: str) -> bytes:
@@ -1878,7 +1862,7 @@ class Worker:
             if os.getpid() != self.pid:
                 os._exit(0)  # a fork of the handler's, which is not to serve
             self.slot[CALLED] = 0
-            self.signals.arm()
+            signal.set_wakeup_fd(self.signals.writing, warn_on_full_buffer=False)  # a library may have taken it
 
     def let_fork_go(self) -> None:
         """In a process that the handler has forked: it must not hold clients or the port, and dies of SIGTERM."""
@@ -1887,36 +1871,6 @@ class Worker:
         for end in (self.listener, self.to_keeper, self.from_keeper, self.client):
             if end:
                 end.close()
-
-
-# ---- The end of a process that has run a handler ------------------------------------
-
-WRITABLE: list[Any] = []  # files; gc.freeze() hides those of the import from gc.get_objects()
-
-
-def write_files(at_end: bool = True) -> None:
-    """Write what open files hold in their buffers, outer layers first; close those that only then are whole."""
-    objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
-    for file in [each for each in objects if type(each) in kinds]:
-        with suppress(Exception):  # it is closed, detached, or a class of the handler's own
-            if file.writable():  # a thread that did not survive the fork may hold the lock of one that is only read
-                WRITABLE.append(file)
-    WRITABLE.sort(key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io"))
-    for file in WRITABLE:
-        try:
-            if not file.closed:
-                file.close() if at_end and type(file).__module__ != "_io" else file.flush()
-        except Exception as why:
-            log_traceback("Not Written:", why)
-
-
-def disown() -> None:
-    """Let no worker clean up what the import has created, such as temporary directories.  No public way does it."""
-    if "multiprocessing.process" in sys.modules:
-        sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
-    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
-        finalizer.atexit = False
 
 
 if __name__ == "__main__":
