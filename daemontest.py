@@ -214,7 +214,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 file = self.open_for(os.O_RDWR | os.O_CREAT)
                 if not take_lock(file, fcntl.LOCK_SH):
                     raise Failure(f"cannot start: already running (PID file {self.path})")
-                if not re.fullmatch(rb"\s*(\d{1,32}|\S{0,32})\s*", os.pread(file, 2000, 0)):
+                if not re.fullmatch(rb"\s*(\d{1,32}|\S{0,32})\s*", os.pread(file, 2**20, 0)):
                     raise OSError("not a PID file, since it holds more than a number")
                 if os.fstat(file).st_uid != os.geteuid():
                     os.unlink(self.path)  # left over by another user: only root comes here
@@ -366,6 +366,8 @@ def reset_signals() -> None:
     """Set what signals mean in all processes but the manager."""
     signal.set_wakeup_fd(-1)
     handle_signals(do_nothing, OTHERS_MEANINGLESS)
+    if os.isatty(2):  # a terminal may stop background groups that write to it
+        handle_signals(signal.SIG_IGN, {signal.SIGTTOU})
     handle_signals(signal.SIG_DFL, {signal.SIGCHLD, signal.SIGALRM})
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
@@ -674,9 +676,11 @@ def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
     if handed_over and for_whom == str(os.getpid()):
         with failing_to("use LISTEN_FDS"):
             listener = socket.socket(fileno=3)
-            if (handed_over != "1" or listener.family not in (socket.AF_INET, socket.AF_INET6)
+            if handed_over != "1":
+                raise OSError(f"expected one socket, not {handed_over}; use one ListenStream=")
+            if (listener.family not in (socket.AF_INET, socket.AF_INET6)
                     or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
-                raise OSError(f"expected one listening TCP socket, not {handed_over} sockets; use one ListenStream=")
+                raise OSError("expected a listening TCP socket")
             listener.set_inheritable(False)
             return listener, False
     act = f"listen on {settings.bind} port {settings.port}".replace("  ", " ")
@@ -1090,6 +1094,7 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 # What an accepted socket is, as plain numbers; nothing that is called here depends on its family.
 CONNECTION = int(socket.AF_INET), int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
+LONG_BYTES = 65536  # of a text that the keeper leaves in a memfd, where it is not copied any more
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
 HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
 
@@ -1141,12 +1146,12 @@ class Client:
             raise Failure(f"text longer than {most} bytes")
         if self.memfd == -1:
             self.data += piece
-            if self.size > INLINE_BYTES:
+            if self.size > LONG_BYTES:
                 self.move_to_memfd()
         else:
             os.write(self.memfd, piece)
 
-    def take_data(self) -> bytes:
+    def take_data(self) -> bytes | bytearray:
         """Return the data, which is here no longer.  Raise MemoryError."""
         data = self.data if self.memfd == -1 else os.pread(self.memfd, self.size, 0)
         self.forget_data()
@@ -1291,6 +1296,8 @@ class Keeper:
         silent_since = time.monotonic()
         until = silent_since + self.settings.timeout
         try:
+            if client.size <= LONG_BYTES:
+                client.data = bytearray(client.take_data())
             while True:
                 before, quiet_at = client.size, math.inf
                 if 0 < before <= OPEN_SIDE_BYTES:
@@ -1757,7 +1764,7 @@ class Worker:
             else:  # the service stops, and no more texts come
                 self.leaving = True
 
-    def serve(self, client: Client, get_text: Callable[[Client], bytes | None]) -> None:
+    def serve(self, client: Client, get_text: Callable[[Client], bytes | bytearray | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
         self.client, started = client, False
         try:
