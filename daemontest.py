@@ -160,9 +160,6 @@ class Printed(io.FileIO):
     def __init__(self) -> None:
         super().__init__(2, "w", closefd=False)
         self.rest = b""  # of a line that is not whole
-
-    def renew(self) -> None:
-        """Let sys.stdout and sys.stderr be a new stream, whatever the handler has done to the last one."""
         sys.stdout = sys.stderr = self.stream = io.TextIOWrapper(
             io.BufferedWriter(self), "utf-8", "backslashreplace", line_buffering=True)
 
@@ -177,9 +174,6 @@ class Printed(io.FileIO):
             self.stream.flush()
         if self.rest:
             self.write(b"\n")
-
-    def close(self) -> None:
-        """Stay open: whoever closes the stream closes it for himself alone."""
 
 
 # ---- PID file -----------------------------------------------------------------------
@@ -366,8 +360,6 @@ def reset_signals() -> None:
     """Set what signals mean in all processes but the manager."""
     signal.set_wakeup_fd(-1)
     handle_signals(do_nothing, OTHERS_MEANINGLESS)
-    if os.isatty(2):  # a terminal may stop background groups that write to it
-        handle_signals(signal.SIG_IGN, {signal.SIGTTOU})
     handle_signals(signal.SIG_DFL, {signal.SIGCHLD, signal.SIGALRM})
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
@@ -1267,6 +1259,7 @@ class Keeper:
                 continue
             if client:
                 self.clients[client.connection.fileno()] = client
+                self.poller.register(client.connection, select.EPOLLONESHOT)
                 client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
                 self.advance(client)
             else:
@@ -1369,20 +1362,14 @@ class Keeper:
             self.close(client)
             return
         events, client.until, held = wait
-        self.watch(client, events)
+        self.poller.modify(client.connection, events | select.EPOLLONESHOT)
+        client.events = events
         self.look_at = min(self.look_at, client.until)
         files = 1 if client.memfd == -1 else 2
         self.files += files - client.files
         self.numbers[self.BYTES] += held - client.held
         client.held, client.files = held, files
         self.keep_within_bounds()
-
-    def watch(self, client: Client, events: int) -> None:
-        if client.events and client.events != events:
-            self.poller.unregister(client.connection)  # closing is not enough while a message holds it open
-        if events and client.events != events:
-            self.poller.register(client.connection, events)
-        client.events = events
 
     def advance_late(self) -> None:
         """Let those go on that have waited too long, several at once: a look takes as long as there are clients."""
@@ -1425,7 +1412,7 @@ class Keeper:
         self.close(client)
 
     def close(self, client: Client) -> None:
-        self.watch(client, 0)
+        self.poller.unregister(client.connection)  # closing is not enough while a message holds it open
         self.numbers[self.BYTES] -= client.held
         self.files -= client.files
         client.conversation = None
@@ -1496,7 +1483,6 @@ def load_generation(generation: Generation) -> Life | None:
     begin_process("daemontest-gen", generation.childs_end, generation.log_file)
     log("*", "Loading configuration.")
     printed = Printed()
-    printed.renew()
     atexit.register(write_files)
     try:
         handler = load_handler(generation.settings)
@@ -1665,8 +1651,7 @@ class Supervisor:
 # ---- Worker -------------------------------------------------------------------------
 
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text
-FLOWING_BYTES = 2**20  # that have come since a client was last waited for earn it another moment
-IMPATIENCE = 0.02  # s after a moment that was waited in vain
+IMPATIENCE = 0.02  # s without such waits after one that was in vain
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
 PATIENCE = 1.0  # s with a keeper that takes no clients, because it is stopped or has just died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -1800,7 +1785,7 @@ class Worker:
     def receive(self, client: Client) -> bytes | None:
         """Return a whole text; or None, and the keeper is to see to the rest."""
         pieces: list[bytes] = []
-        size, wait_at, piece = 0, 0, None
+        size, waited, piece = 0, False, None
         try:
             while (piece := receive(client.connection)) != b"":
                 if piece:
@@ -1808,26 +1793,16 @@ class Worker:
                     size += len(piece)
                     if size > self.settings.max_text:
                         raise Failure(f"text longer than {self.settings.max_text} bytes")
-                elif size and size >= wait_at and self.wait_a_moment(client, size):
-                    wait_at = size + FLOWING_BYTES
+                elif pieces and not waited and time.monotonic() >= self.impatient_until:
+                    waited = True
+                    if not wait_for(select.POLLIN, A_MOMENT, client.connection.fileno()):
+                        self.impatient_until = time.monotonic() + IMPATIENCE
                 else:
                     break
         finally:
             client.data = b"".join(pieces)
         client.half_closed = piece == b""
         return client.data if client.half_closed else None
-
-    def wait_a_moment(self, client: Client, size: int) -> bool:
-        """Return whether the client, which has sent SIZE bytes, goes on within a moment.
-
-        Where one has been waited for in vain, the next ones are not, unless they send much.
-        """
-        if size < FLOWING_BYTES and time.monotonic() < self.impatient_until:
-            return False
-        came = wait_for(select.POLLIN, A_MOMENT, client.connection.fileno())
-        if not came:
-            self.impatient_until = time.monotonic() + IMPATIENCE
-        return came
 
     def log_text(self, client: Client, text: str) -> None:
         """Log the client's text, or as much of it as one write takes."""
@@ -1852,7 +1827,6 @@ class Worker:
         """Return the handler's reply, as it is sent.  Raise Failure, whatever the handler raises."""
         if self.handler is text_length:  # which cannot hang, print or fork
             return f"{self.pid} {text_length(text)}\n".encode()
-        self.generation.printed.renew()
         try:
             self.slot[CALLED] = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, self.settings.handler_timeout)
