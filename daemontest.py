@@ -182,8 +182,7 @@ class Printed(io.FileIO):
 class PidFile(PIDLockFile):  # type: ignore[misc]
     """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)), exclusively.
 
-    Only meanwhile a PID stands in it, so a leftover file is never in the way.  Commands that only ask take the lock
-    shared, for a moment.  A file beside it tells --reload how reloads went.
+    So a leftover file is never in the way.  Commands that only ask take the lock shared, for a moment.
     """
 
     def __init__(self, path: str) -> None:
@@ -585,9 +584,8 @@ def pid_file_to_ask(read: Read) -> PidFile:
 
 def check(read: Read) -> None:
     """check the configuration and the handler; start nothing"""
-    settings = read()
     try:
-        load_handler(settings)
+        load_handler(read())
     except Failure as why:
         sys.stdout.flush()
         if why.__cause__:
@@ -884,8 +882,7 @@ class Manager:
                     case signal.SIGHUP:
                         log("*", "Caught SIGHUP")
                         self.reload_wanted = True
-                        for generation in self.in_state(State.LOADING):  # it begins afresh
-                            self.kill(generation)
+                        self.kill_loading()  # it begins afresh
                     case signal.SIGUSR1:
                         self.log_status()
         self.pid_file.release()  # now that nobody listens any more
@@ -966,7 +963,7 @@ class Manager:
                 case "up":
                     self.take_over(generation)
                 case "failed":
-                    self.kill(generation)
+                    self.kill_loading()
                     self.loading_failed(why)
 
     def take_over(self, generation: Generation) -> None:
@@ -1031,10 +1028,11 @@ class Manager:
         elif time.monotonic() >= generation.kill_at:
             log("*", "Generation Killed. (still running after the grace)", pid=generation.pid)
 
-    def kill(self, generation: Generation) -> None:
-        """Kill a generation that is loading, with all that its module has started: there is nothing in it to save."""
-        generation.state = State.LEAVING
-        kill_group(generation.pid)
+    def kill_loading(self) -> None:
+        """Kill the generation that is loading, with all that its module has started: there is nothing in it to save."""
+        for generation in self.in_state(State.LOADING):
+            generation.state = State.LEAVING
+            kill_group(generation.pid)
 
     def stop(self, failure: str = "") -> None:
         """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
@@ -1045,9 +1043,8 @@ class Manager:
         self.channels.stop_listening()
         self.channels.close()
         end = time.monotonic() + self.settings.grace + MARGIN
-        for generation in self.in_state(State.LOADING):
-            self.kill(generation)
-        for generation in self.in_state(State.SERVING):
+        self.kill_loading()
+        for generation in self.generations:
             generation.state = State.LEAVING
         for child in (self.keeper, *self.generations):
             child.kill_at = min(child.kill_at, end)
@@ -1093,9 +1090,6 @@ HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client
 
 class Client:
     """A client, wherever it is: its connection, and what it has sent so far or has not yet taken of its reply."""
-
-    __slots__ = ("connection", "conversation", "data", "events", "files", "half_closed", "held", "is_reply", "memfd",
-                 "name", "reads_until", "size", "until")
 
     def __init__(self, connection: socket.SocketType, name: str, half_closed: bool = False, is_reply: bool = False,
                  data: Any = b"", memfd: int = -1) -> None:
@@ -1195,9 +1189,8 @@ Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a
 class Keeper:
     """The process that keeps every client which would make a worker wait, and passes whole texts to the workers.
 
-    A conversation is a generator that reads from top to bottom; where it would block, it yields what it waits for, and
-    the loop goes on with other clients.  At a stop the keeper shuts down its end of the channel to the workers as soon
-    as no text can become whole any more; they leave at that, and the end of theirs says that no more replies come.
+    A conversation is a generator that yields what it waits for.  At a stop the keeper shuts down its end of the channel
+    to the workers when no text can become whole any more; they leave, and the end of theirs says that no replies come.
     """
 
     CLIENTS, BYTES = range(2)  # numbers that it shares with the manager
