@@ -584,8 +584,9 @@ def pid_file_to_ask(read: Read) -> PidFile:
 
 def check(read: Read) -> None:
     """check the configuration and the handler; start nothing"""
+    settings = read()
     try:
-        load_handler(read())
+        load_handler(settings)
     except Failure as why:
         sys.stdout.flush()
         if why.__cause__:
