@@ -160,8 +160,15 @@ class Printed(io.FileIO):
     def __init__(self) -> None:
         super().__init__(2, "w", closefd=False)
         self.rest = b""  # of a line that is not whole
+        self.renew()
+
+    def renew(self) -> None:
+        """Let sys.stdout and sys.stderr be a new stream, whatever the handler has done to the last one."""
         sys.stdout = sys.stderr = self.stream = io.TextIOWrapper(
             io.BufferedWriter(self), "utf-8", "backslashreplace", line_buffering=True)
+
+    def close(self) -> None:
+        """Stay open, when the last stream closes what is below it."""
 
     def write(self, data: Any) -> int:
         lines, newline, self.rest = (self.rest + bytes(data)).rpartition(b"\n")
@@ -1821,6 +1828,7 @@ class Worker:
         """Return the handler's reply, as it is sent.  Raise Failure, whatever the handler raises."""
         if self.handler is text_length:  # which cannot hang, print or fork
             return f"{self.pid} {text_length(text)}\n".encode()
+        self.generation.printed.renew()
         try:
             self.slot[CALLED] = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, self.settings.handler_timeout)
