@@ -154,21 +154,12 @@ def write_log(data: str) -> None:
         pass  # a full disk costs records, never service
 
 
-class Printed(io.FileIO):
-    """What a handler prints: it goes to the log as it is, as whole lines, and never fails."""
+class Raw(io.FileIO):
+    """The log as whole lines: the part of a line that is not whole waits.  Writing never fails."""
 
     def __init__(self) -> None:
         super().__init__(2, "w", closefd=False)
-        self.rest = b""  # of a line that is not whole
-        self.renew()
-
-    def renew(self) -> None:
-        """Let sys.stdout and sys.stderr be a new stream, whatever the handler has done to the last one."""
-        sys.stdout = sys.stderr = self.stream = io.TextIOWrapper(
-            io.BufferedWriter(self), "utf-8", "backslashreplace", line_buffering=True)
-
-    def close(self) -> None:
-        """Stay open, when the last stream closes what is below it."""
+        self.rest = b""
 
     def write(self, data: Any) -> int:
         lines, newline, self.rest = (self.rest + bytes(data)).rpartition(b"\n")
@@ -176,11 +167,24 @@ class Printed(io.FileIO):
             os.write(2, lines + newline)
         return len(data)
 
+
+class Printed:
+    """What a handler prints, which goes to the log as it is."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Let sys.stdout and sys.stderr be a new stream, whatever the handler has done to the last one."""
+        self.raw = Raw()
+        self.stream = io.TextIOWrapper(io.BufferedWriter(self.raw), "utf-8", "backslashreplace", line_buffering=True)
+        sys.stdout = sys.stderr = self.stream
+
     def end_line(self) -> None:
         with suppress(ValueError):  # the handler has closed or detached the stream
             self.stream.flush()
-        if self.rest:
-            self.write(b"\n")
+        if self.raw.rest:
+            self.raw.write(b"\n")
 
 
 # ---- PID file -----------------------------------------------------------------------
