@@ -660,7 +660,8 @@ def start(read: Read, detach: bool) -> Life | None:
 
 
 def await_start(manager: socket.socket) -> None:
-    """Print the manager's line, and "ready" if it has started.  Ctrl-C ends the launcher; then the manager stops."""
+    """Print the manager's line, and "ready" if it has started; or log why not, and exit."""
+    signal.signal(signal.SIGINT, lambda *_: manager.shutdown(socket.SHUT_WR))  # at which the manager stops
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
     told = manager.recv(65536)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
