@@ -159,7 +159,7 @@ def test_anything_but_one_listening_tcp_socket_is_refused_at_once(
 
 def test_a_socket_that_outlives_restarts_under_load_loses_no_request(
         service: Service, notified: NotifySocket) -> None:
-    with listener(service.port) as ours, Load(service) as load:
+    with listener(service.port) as ours, Load(service, pause=0.01) as load:
         for _ in range(3):
             daemon = hand_over(service, ours, arguments=("-w", "2", "-n", "50"))
             assert "READY" in notified.next()  # a stop before that would be a failed start
