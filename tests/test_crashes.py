@@ -107,6 +107,21 @@ def test_workers_that_die_at_birth_are_forked_at_a_bounded_rate_until_they_live(
     assert service.ask("x").endswith(" alive\n")
 
 
+def test_a_fork_that_fails_is_logged_and_tried_again_a_second_later(service: Service) -> None:
+    service.expected.append("Cannot Fork: ")
+    full = service.home / "full"
+    service.write_handler("import os\nfork = os.fork\ndef fork_or_fail():\n"
+                          f"    if os.path.exists({str(full)!r}):\n        raise BlockingIOError(11, 'no room')\n"
+                          f"    return fork()\nos.fork = fork_or_fail\n{saying('alive')}")
+    service.start("-w", "2", *HANDLER)
+    full.touch()
+    os.kill(min(service.workers()), signal.SIGTERM)
+    [failed] = service.wait_for_records("Cannot Fork: no room$")
+    full.unlink()
+    assert 0.85 < seconds_between(failed, service.wait_for_records("Child Process Started.", 3)[2]) < 10
+    assert service.ask("x").endswith(" alive\n")
+
+
 # ---- Handlers that hang --------------------------------------------------------------------
 
 
@@ -182,6 +197,24 @@ def test_a_dead_generation_is_started_anew_a_second_later_and_nothing_is_lost(se
         load.wait_for(10)
     assert load.failures == []
     assert not service.records("Child Process Died")
+
+
+def test_the_next_generation_goes_on_when_the_last_one_dies_before_it_has_left(service: Service) -> None:
+    held = Held(service)
+    manager = service.start("-w", "2", *held.arguments)
+    last, workers = service.generation(), service.workers()
+    with service.begin() as client:
+        [busy] = held.wait_for()
+        service.write_handler(saying("new"), "held")
+        reloading = service.popen("--reload")
+        wait_until(lambda: service.workers() & workers == {busy} and len(service.workers()) == 3, "two new workers")
+        new = service.generations() - {last}
+        os.kill(last, signal.SIGKILL)
+        assert reloading.communicate(timeout=50) == (f"daemontest.py: {manager} reloaded\n", "")
+        assert service.ask("x").endswith(" new\n")
+        held.release()
+        assert read_all(client) == b"%d let through\n" % busy
+    assert service.generations() == new
 
 
 def test_a_generation_that_cannot_be_started_anew_is_tried_again_each_second(service: Service) -> None:

@@ -198,6 +198,21 @@ def test_whole_text_never_waits_while_a_worker_is_idle(service: Service, held: H
         assert all(reply.result().endswith(" let through\n") for reply in busy)
 
 
+def test_whole_texts_wait_for_a_busy_worker_beyond_the_timeout(service: Service, held: Held) -> None:
+    start(service, "-w", "1", "--timeout", "1")
+    [begun] = begin(service)
+    with service.begin(b"hold") as busy:
+        held.wait_for()
+        new, sent = service.begin(b"whole\n"), time.monotonic()
+        with ThreadPoolExecutor() as pool:
+            reply = pool.submit(finish, begun)
+            wait_until(lambda: time.monotonic() > sent + 1.3, "them to wait longer than the timeout")
+            held.release()
+            assert reply.result().endswith(REST)
+        assert read_all(new).endswith(b" your text size: 6\n")
+        assert read_all(busy).endswith(b" let through\n")
+
+
 # ---- Bounds -------------------------------------------------------------------------------
 
 
