@@ -315,12 +315,14 @@ class Held:
 
 @contextmanager
 def serving(home: Path) -> Iterator[Service]:
-    """A service to start; at the end it is stopped as a user would, and must have left nothing behind."""
+    """A service to start; at the end it is stopped by TERM, and must have left nothing behind."""
     home.mkdir()
     service = Service(home)
     yield service
-    if service.pid_file.exists():
-        service.stop()
+    with suppress(OSError, ValueError):  # there is no PID file, or only what the test has put there
+        if (manager := service.manager()) in service.processes():
+            os.kill(manager, signal.SIGTERM)
+            wait_until(lambda: not alive(manager), "the stop", 50)
     for pid in (left := service.processes()):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

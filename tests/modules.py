@@ -3,6 +3,12 @@
 from conftest import Service, wait_until
 
 HANDLER = ("--handler", "service:handle")
+# Never ends, in C: Python attends to no signal, and runs no other thread.  It takes no processor time.
+DEAF = """import ctypes
+lock = ctypes.create_string_buffer(64)
+while True:
+    ctypes.PyDLL(None).pthread_mutex_lock(lock)
+"""
 HASTE = 15.0  # s; what is done at once may take as long on a loaded machine
 LOAD = "cannot load handler service:handle: "
 
@@ -21,8 +27,8 @@ import os, time
 WORD = open("HOME/word").read()
 with open("HOME/imports", "a") as file:
     file.write(f"{os.getpid()}\\n")
-if os.path.exists("HOME/compute"):
-    sum(range(10**11))  # in C, for minutes: Python attends to no signal, and runs no other thread
+if os.path.exists("HOME/deaf"):
+    exec(DEAF)
 while os.path.exists("HOME/sleep"):
     time.sleep(0.01)
 def handle(text):
@@ -41,20 +47,20 @@ class HeldImport:
 
     def __init__(self, service: Service, word: str = "old") -> None:
         self.home = service.home
-        service.write_handler(IMPORT.replace("HOME", str(self.home)))
+        service.write_handler(IMPORT.replace("HOME", str(self.home)).replace("DEAF", repr(DEAF)))
         self.say(word)
 
     def say(self, word: str) -> None:
         (self.home / "word").write_text(word)
 
     def hold(self, how: str = "sleep") -> None:
-        """Hold up the imports that follow: in Python's sleep, or in C code ("compute")."""
+        """Hold up the imports that follow: in Python's sleep, or in C code ("deaf")."""
         self.release()
         (self.home / how).touch()
 
     def release(self) -> None:
         """Hold up no more imports; let those go on that sleep."""
-        for how in ("sleep", "compute"):
+        for how in ("sleep", "deaf"):
             (self.home / how).unlink(missing_ok=True)
 
     def wait_for(self, count: int) -> int:

@@ -28,7 +28,7 @@ def test_every_setting_takes_effect(service: Service, source: str) -> None:
     service.write_handler(HANG)
     settings: dict[str, object] = {
         "bind": "127.0.0.1", "port": service.port, "workers": 2, "max_requests": 7, "handler": "service:handle",
-        "timeout": 1.5, "handler_timeout": 2, "grace": 0.2, "max_text": 4000, "pid_file": "~/our.pid",
+        "timeout": 0.7, "handler_timeout": 1, "grace": 0.2, "max_text": 4000, "pid_file": "~/our.pid",
         "log_file": "~/our.log", "log": "requests"}
     service.configure("no_such_key = 1")
     known = service.run("--check").stderr.rpartition("expected one of ")[2].strip()
@@ -65,9 +65,9 @@ def test_every_setting_takes_effect(service: Service, source: str) -> None:
         assert service.ask("x" * 4001).endswith(" error: text longer than 4000 bytes\n")
         assert service.records(r"Client: 127\.0\.0\.1; Received Text\.")
         # timeout, handler_timeout
-        assert read_all(late).decode().endswith(" error: text not ended within 1.5 s\n")
+        assert read_all(late).decode().endswith(" error: text not ended within 0.7 s\n")
         assert read_all(hung) == b""
-    service.wait_for_records(r"Child Process Killed\. \(handler ran longer than 2 s\)")
+    service.wait_for_records(r"Child Process Killed\. \(handler ran longer than 1 s\)")
     # max_requests
     wait_until(lambda: service.ask("x") and service.records(r"Child Process Ended\. \(0\)"), "a worker's last text")
     # grace

@@ -98,7 +98,7 @@ def is_good(key: str, value: object) -> bool | None:
 def test_any_configuration_is_taken_or_refused_in_one_line(service: Service) -> None:
     path = service.home / "daemontest.toml"
 
-    @settings(max_examples=30, **BOUNDED)
+    @settings(max_examples=20, **BOUNDED)
     @given(CONFIGURATIONS)
     def check(content: bytes) -> None:
         path.write_bytes(content)

@@ -210,7 +210,7 @@ def start(service: Service, how: str) -> tuple[HeldImport, subprocess.Popen[str]
     return handler, launcher, handler.wait_for(1)
 
 
-@pytest.mark.parametrize("how", ["sleep", "compute"])
+@pytest.mark.parametrize("how", ["sleep", "deaf"])
 def test_a_stop_ends_the_start_at_once(service: Service, how: str) -> None:
     service.expected.append("Start Failed: ")
     _, launcher, _ = start(service, how)
@@ -222,7 +222,7 @@ def test_a_stop_ends_the_start_at_once(service: Service, how: str) -> None:
     assert_nothing_is_left(service)
 
 
-@pytest.mark.parametrize("how", ["sleep", "compute"])
+@pytest.mark.parametrize("how", ["sleep", "deaf"])
 def test_a_hup_starts_the_import_afresh(service: Service, how: str) -> None:
     handler, launcher, given_up = start(service, how)
     manager = service.manager()

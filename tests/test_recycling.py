@@ -52,7 +52,7 @@ def test_under_load_no_request_is_lost_and_there_are_at_most_twice_the_workers(s
 
 
 def test_client_without_a_text_costs_no_text(service: Service) -> None:
-    service.start("-w", "1", "-n", "4", "--timeout", "1")
+    service.start("-w", "1", "-n", "4", "--timeout", "0.5")
     [worker] = service.workers()
     with ExitStack() as stack:
         silent = [stack.enter_context(service.connect()) for _ in range(6)]
@@ -103,25 +103,26 @@ def use_slow_end(service: Service, seconds: float) -> tuple[str, str]:
 
 
 def test_slow_ends_do_not_stall_the_service(service: Service) -> None:
-    service.start("-w", "3", "-n", "20", *use_slow_end(service, 2))
+    service.start("-w", "3", "-n", "5", *use_slow_end(service, 1.5))
     served: Counter[int] = Counter()
-    longest, most, end = 0.0, 0, time.monotonic() + 4
+    longest, most, end = 0.0, 0, time.monotonic() + 2.5
     with ThreadPoolExecutor(3) as pool:
         while time.monotonic() < end:
             began = time.monotonic()
             served.update(pool.map(ask, [service] * 3))
             longest = max(longest, time.monotonic() - began)
             most = max(most, count_workers(service))
-    assert longest < 1  # where nobody serves, it is up to 2 s
+            time.sleep(0.02)
+    assert longest < 1  # where nobody serves, it is up to 1.5 s
     assert 3 < most <= 6
     ended = [int(line) for line in (service.home / "ended").read_text().split()]
     assert len(ended) >= 3
-    assert min(served[worker] for worker in ended) >= 20  # none ended early
-    assert max(served.values()) > 20  # while as many were ending as are to serve, others went on
+    assert min(served[worker] for worker in ended) >= 5  # none ended early
+    assert max(served.values()) > 5  # while as many were ending as are to serve, others went on
 
 
 def test_worker_told_to_leave_has_one_successor_while_it_ends(service: Service) -> None:
-    service.start("-w", "1", "-n", "2", *use_slow_end(service, 3))
+    service.start("-w", "1", "-n", "2", *use_slow_end(service, 1.5))
     first = ask(service)
     os.kill(first, signal.SIGTERM)
     second = wait_until(lambda: (worker := ask(service)) != first and worker, "its successor")
@@ -138,7 +139,7 @@ def test_worker_told_to_leave_has_one_successor_while_it_ends(service: Service) 
 
 def test_reload_and_stop_wait_for_slow_ends_until_the_grace(service: Service) -> None:
     service.expected.append(r"Child Process Killed\. \(still running after the grace\)")
-    service.start("-w", "1", "--grace", "1.5", *use_slow_end(service, 0.5))
+    service.start("-w", "1", "--grace", "1", *use_slow_end(service, 0.3))
     first = ask(service)
     use_slow_end(service, 50)
     assert service.run("--reload").returncode == 0
@@ -146,5 +147,5 @@ def test_reload_and_stop_wait_for_slow_ends_until_the_grace(service: Service) ->
     second = ask(service)
     began = time.monotonic()
     assert service.stop().returncode == 0
-    assert 1.2 < time.monotonic() - began < 20
+    assert 0.8 < time.monotonic() - began < 20
     assert [int(record["pid"]) for record in service.records("Child Process Killed")] == [second]

@@ -252,7 +252,7 @@ def test_each_of_several_commands_returns_when_its_own_change_is_in_force(servic
 # ---- While the new module is being imported ------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["sleep", "compute"])
+@pytest.mark.parametrize("how", ["sleep", "deaf"])
 def test_meanwhile_the_old_serves_and_a_hup_starts_the_import_afresh(service: Service, how: str) -> None:
     service.expected.append(r"Child Process Died\. \(SIGKILL\)")
     handler = HeldImport(service)
@@ -283,7 +283,7 @@ def test_meanwhile_the_old_serves_and_a_hup_starts_the_import_afresh(service: Se
     assert not service.records("Reload Failed")
 
 
-@pytest.mark.parametrize("how", ["sleep", "compute"])
+@pytest.mark.parametrize("how", ["sleep", "deaf"])
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_service_that_stops_meanwhile_is_a_failure(service: Service, end: signal.Signals, how: str) -> None:
     handler = HeldImport(service)

@@ -116,6 +116,24 @@ def test_it_never_tells_to_be_ready_when_it_fails_to_start(service: Service, not
             assert "READY" not in message
 
 
+def test_it_tells_when_its_generation_has_died(service: Service, notified: NotifySocket) -> None:
+    service.expected.append("Generation Died")
+    service.foreground("-w", "1", "--log-file", service.log_file)
+    assert serves(notified.next(), 1, "1")
+    os.kill(service.generation(), signal.SIGKILL)
+    assert "generation 1 died: SIGKILL" in notified.next()["STATUS"]
+    assert serves(notified.next(), 1, "2")
+    assert service.stop().returncode == 0
+
+
+def test_it_logs_that_nobody_listens_and_serves(service: Service) -> None:
+    service.expected.append("Cannot Notify: ")
+    service.env["NOTIFY_SOCKET"] = str(service.home / "nobody")
+    service.start("-w", "1")
+    assert service.records("Cannot Notify: No such file or directory$")
+    assert service.ask("x").endswith(" your text size: 1\n")
+
+
 # ---- The listening socket -----------------------------------------------------------------
 
 
@@ -159,7 +177,7 @@ def test_anything_but_one_listening_tcp_socket_is_refused_at_once(
 
 def test_a_socket_that_outlives_restarts_under_load_loses_no_request(
         service: Service, notified: NotifySocket) -> None:
-    with listener(service.port) as ours, Load(service) as load:
+    with listener(service.port) as ours, Load(service, pause=0.01) as load:
         for _ in range(3):
             daemon = hand_over(service, ours, arguments=("-w", "2", "-n", "50"))
             assert "READY" in notified.next()  # a stop before that would be a failed start

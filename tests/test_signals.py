@@ -13,6 +13,7 @@ from signal import SIGHUP, SIGTERM, SIGUSR1
 
 import pytest
 from conftest import Held, Load, Service, alive, read_all, wait_until
+from modules import DEAF
 
 LONG = b"x" * 2100  # so much of a text that only a half-close ends it
 IGNORED_BY_MANAGER = [signal.SIGPIPE, signal.SIGALRM, signal.SIGUSR2]
@@ -215,7 +216,7 @@ def test_usr1_tells_for_how_long_a_handler_runs_and_which_generations_there_are(
 
 def test_usr1_is_answered_at_once_while_a_module_is_imported(service: Service) -> None:
     manager = service.start("-w", "1")
-    service.write_handler("print('importing', flush=True)\nsum(range(10**12))\n")  # in C, deaf to signals
+    service.write_handler(f"print('importing', flush=True)\n{DEAF}")
     service.configure("handler = 'service:handle'")
     os.kill(manager, SIGHUP)
     wait_until(lambda: "\nimporting\n" in service.log, "the import")

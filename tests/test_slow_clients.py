@@ -198,6 +198,21 @@ def test_whole_text_never_waits_while_a_worker_is_idle(service: Service, held: H
         assert all(reply.result().endswith(" let through\n") for reply in busy)
 
 
+def test_whole_texts_wait_for_a_busy_worker_beyond_the_timeout(service: Service, held: Held) -> None:
+    start(service, "-w", "1", "--timeout", "1")
+    [begun] = begin(service)
+    with service.begin(b"hold") as busy:
+        held.wait_for()
+        new, sent = service.begin(b"whole\n"), time.monotonic()
+        with ThreadPoolExecutor() as pool:
+            reply = pool.submit(finish, begun)
+            wait_until(lambda: time.monotonic() > sent + 1.3, "them to wait longer than the timeout")
+            held.release()
+            assert reply.result().endswith(REST)
+        assert read_all(new).endswith(b" your text size: 6\n")
+        assert read_all(busy).endswith(b" let through\n")
+
+
 # ---- Bounds -------------------------------------------------------------------------------
 
 
@@ -299,10 +314,10 @@ def test_killed_keeper_loses_the_clients_in_its_hand_alone(service: Service, hel
 
 def test_stopped_keeper_blocks_no_worker_nor_a_stop_beyond_the_grace(service: Service, held: Held) -> None:
     service.expected.append("Killed|Died")
-    start(service, "-w", "10", "--timeout", "20", "--grace", "1", *FOR_EVER)
+    start(service, "-w", "20", "--timeout", "20", "--grace", "1", *FOR_EVER)
     keeper = service.keeper()
     os.kill(keeper, signal.SIGSTOP)
-    with Crowd(service.port, slow.stalled, 200):
+    with Crowd(service.port, slow.stalled, 80):
         service.wait_for_records("Client: .*; Lost: ")  # since no more can be passed on
         # One whose half-close comes too late is passed on, too, and lost.
         wait_until(lambda: service.client("whole").stdout.endswith(b" your text size: 6\n"), "a whole text's reply")
@@ -350,16 +365,16 @@ def test_under_mixed_load_nobody_is_lost_but_whom_the_log_names(service: Service
     victims = {"keeper": service.keeper, "generation": service.generation,
                "worker": lambda: min(wait_until(service.workers, "workers"))}
     with ExitStack() as stack:
-        load = stack.enter_context(Load(service, 3))
+        load = stack.enter_context(Load(service, 3, pause=0.005))
         crowds = [stack.enter_context(Crowd(service.port, kind, 10, again=True))
                   for kind in (slow.two_parts, slow.original)]
         for _ in range(3):
-            load.wait_for(100)
+            load.wait_for(40)
             if event == "reload":
                 assert service.run("--reload").returncode == 0
             else:
                 os.kill(victims[event](), signal.SIGKILL)
-        load.wait_for(100)
+        load.wait_for(40)
         for crowd in crowds:
             crowd.wait_until_served()
     failed = len(load.failures) + sum(len(crowd.failures) + crowd.replies.count(b"") for crowd in crowds)

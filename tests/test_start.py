@@ -342,7 +342,7 @@ def test_asking_for_the_status_makes_no_start_or_stop_fail(service: Service) -> 
     with ThreadPoolExecutor(2) as pool:
         askers = [pool.submit(ask_on) for _ in range(2)]
         try:
-            for _ in range(3):
+            for _ in range(2):
                 service.start("-w", "1")
                 assert service.stop().returncode == 0
         finally:

@@ -114,7 +114,7 @@ def test_it_serves_as_process_1(container: Container, service: Service) -> None:
 
 def test_it_reaps_every_orphan(container: Container, service: Service) -> None:
     for _ in range(10):
-        service.ask("orphan 3")
+        service.ask("orphan 2")
     assert len(container.orphans()) == 10
     wait_until(lambda: not container.orphans() and not container.zombies(), "the orphans to be reaped")
     assert not service.records(".*Died"), "they were none of its own"

@@ -64,7 +64,9 @@ def test_first_commands_of_readme_work_as_they_stand(built: Path, tmp_path: Path
     clone, = tmp_path.glob("daemontest-*")
     clone = clone.rename(tmp_path / "a clone")
     service.configure(f"port = {service.port}\n")
-    environment = {**service.env, "PIP_CACHE_DIR": run(sys.executable, "-m", "pip", "cache", "dir").strip()}
+    built_with, = built.parent.glob("environment/lib/*/site-packages")  # what pip would fetch and install once more
+    environment = {**service.env, "PIP_CACHE_DIR": run(sys.executable, "-m", "pip", "cache", "dir").strip(),
+                   "PYTHONPATH": str(built_with), "PIP_NO_BUILD_ISOLATION": "0"}
 
     def typed(command: str) -> str:
         return run("sh", "-c", command, cwd=clone, env=environment)

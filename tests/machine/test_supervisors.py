@@ -54,7 +54,7 @@ def manager(machine: Machine) -> str:
     return machine.do(f"/opt/daemontest/bin/daemontest.py --status --pid-file {PID_FILE}").strip()
 
 
-def test_it_reloads_and_stops(supervisor: dict[str, str], machine: Machine) -> None:
+def test_it_is_reloaded_and_started_anew_when_killed_and_stopped(supervisor: dict[str, str], machine: Machine) -> None:
     first = manager(machine)
     old = machine.do("pgrep -u daemontest daemontest-gen")
     told = machine.do(f"/opt/daemontest/bin/daemontest.py --reload --pid-file {PID_FILE}")  # as root
@@ -64,13 +64,8 @@ def test_it_reloads_and_stops(supervisor: dict[str, str], machine: Machine) -> N
     machine.do(supervisor["hup"])
     machine.wait_until(lambda: new not in machine.run("pgrep -u daemontest daemontest-gen").stdout, "the reload")
     assert manager(machine) == first
-    machine.do(supervisor["stop"])
-    assert machine.run(f"pgrep -u daemontest; ls {PID_FILE}*").stdout == ""
-
-
-def test_it_is_started_anew_when_its_manager_is_killed(supervisor: dict[str, str], machine: Machine) -> None:
-    first = manager(machine)
     machine.do(f"kill -KILL {first}")
     machine.wait_until(lambda: machine.run(f"cat {PID_FILE}").stdout not in ("", f"{first}\n"), "the next manager")
     assert manager(machine) != first
     machine.do(supervisor["stop"])
+    assert machine.run(f"pgrep -u daemontest; ls {PID_FILE}*").stdout == ""
