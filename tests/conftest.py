@@ -137,6 +137,8 @@ class Service:
             self.connect().close()
         except ConnectionRefusedError:
             return True
+        except ConnectionResetError:  # the listener was shut down meanwhile
+            pass
         return False
 
     def client(self, text: str | bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:

@@ -266,28 +266,6 @@ def test_lives_in_the_foreground_of_a_parent_that_ignores_and_blocks_signals(ser
     assert daemon.wait(DEADLINE) == 0
 
 
-def test_lives_in_the_foreground_of_a_terminal_that_stops_background_output(service: Service) -> None:
-    controlling, terminal = os.openpty()
-    settings = termios.tcgetattr(terminal)
-    settings[3] |= termios.TOSTOP
-    termios.tcsetattr(terminal, termios.TCSANOW, settings)
-    daemon = service.foreground("-w", "2", stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-                                preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0))
-
-    def read_to(record: bytes) -> None:
-        shown = b""
-        while record not in shown:  # the test's timeout ends it
-            shown += os.read(controlling, 10000)
-
-    read_to(b"Child Process Started.")
-    assert service.ask("あ\n").endswith(" your text size: 2\n")
-    os.write(controlling, b"\x03")  # Ctrl-C
-    read_to(b"Server Terminated.")
-    assert daemon.wait(DEADLINE) == 0
-    os.close(terminal)
-    os.close(controlling)
-
-
 LIFE = """
 DAEMON -p PORT -w 2
 for host in 127.0.0.1 localhost; do printf いろは | CLIENT -s $host -p PORT; done
