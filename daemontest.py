@@ -1658,7 +1658,6 @@ class Supervisor:
 
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text
 IMPATIENCE = 0.02  # s without such waits after one that was in vain
-GREED = 0.005  # s in which new clients are accepted without asking what else is ready
 PATIENCE = 1.0  # s with a keeper that takes no clients, because it is stopped or has just died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -1714,7 +1713,7 @@ class Worker:
                 self.listener.close()
                 self.stopping = True
             elif listener in ready:
-                self.accept_clients()
+                self.accept_client()
             if from_keeper in ready:
                 self.take_text()
             if self.signals.reading in ready and not self.leaving:
@@ -1729,23 +1728,19 @@ class Worker:
             os._exit(0)  # nothing is to be finished
         self.wake_generation()
 
-    def accept_clients(self) -> None:
-        """Serve new clients one after the other, for a moment without asking epoll in between."""
-        end = time.monotonic() + GREED
-        while True:
-            try:
-                # Worth a tenth: accept() converts two enumerations, and asks the kernel for the address once more.
-                descriptor, address = self.listener._accept()  # type: ignore[attr-defined]
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as why:
-                if why.errno in OUT_OF_RESOURCES:
-                    log("*", f"Cannot Accept: {why.strerror}")
-                    sys.exit()  # but not as ENDING, so the next one comes after a delay
-                return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
-            self.serve(Client(connection_of(descriptor), address[0].removeprefix("::ffff:")), self.receive)
-            if self.leaving or self.requests_left <= 0 or time.monotonic() > end:
-                return
+    def accept_client(self) -> None:
+        """Serve the next new client."""
+        try:
+            # Worth a tenth: accept() converts two enumerations, and asks the kernel for the address once more.
+            descriptor, address = self.listener._accept()  # type: ignore[attr-defined]
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as why:
+            if why.errno in OUT_OF_RESOURCES:
+                log("*", f"Cannot Accept: {why.strerror}")
+                sys.exit()  # but not as ENDING, so the next one comes after a delay
+            return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
+        self.serve(Client(connection_of(descriptor), address[0].removeprefix("::ffff:")), self.receive)
 
     def take_text(self) -> None:
         """Take a client whose text is whole from the keeper, and answer it."""
