@@ -199,18 +199,21 @@ def test_whole_text_never_waits_while_a_worker_is_idle(service: Service, held: H
 
 
 def test_whole_texts_wait_for_a_busy_worker_beyond_the_timeout(service: Service, held: Held) -> None:
-    start(service, "-w", "1", "--timeout", "1")
-    [begun] = begin(service)
+    start(service, "-w", "1", "--timeout", "2", *FOR_EVER)
+    clients = begin(service, 300)  # more than those whose texts are on their way to the worker
     with service.begin(b"hold") as busy:
         held.wait_for()
-        new, sent = service.begin(b"whole\n"), time.monotonic()
-        with ThreadPoolExecutor() as pool:
-            reply = pool.submit(finish, begun)
-            wait_until(lambda: time.monotonic() > sent + 1.3, "them to wait longer than the timeout")
-            held.release()
-            assert reply.result().endswith(REST)
-        assert read_all(new).endswith(b" your text size: 6\n")
+        for client in clients:
+            client.sendall(b"x")
+            client.shutdown(socket.SHUT_WR)
+        clients.append(service.begin(BEGINNING + b"x"))
+        sent = time.monotonic()
+        wait_until(lambda: time.monotonic() > sent + 2.2, "them to wait longer than the timeout")
+        held.release()
         assert read_all(busy).endswith(b" let through\n")
+    for client in clients:
+        with client:
+            assert read_all(client).decode().endswith(REST)
 
 
 # ---- Bounds -------------------------------------------------------------------------------
@@ -317,7 +320,7 @@ def test_stopped_keeper_blocks_no_worker_nor_a_stop_beyond_the_grace(service: Se
     start(service, "-w", "20", "--timeout", "20", "--grace", "1", *FOR_EVER)
     keeper = service.keeper()
     os.kill(keeper, signal.SIGSTOP)
-    with Crowd(service.port, slow.stalled, 80):
+    with Crowd(service.port, slow.stalled, 60):
         service.wait_for_records("Client: .*; Lost: ")  # since no more can be passed on
         # One whose half-close comes too late is passed on, too, and lost.
         wait_until(lambda: service.client("whole").stdout.endswith(b" your text size: 6\n"), "a whole text's reply")
