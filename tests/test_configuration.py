@@ -100,6 +100,7 @@ def test_relative_names(service: Service, by: str) -> None:
     assert service.ask("x").endswith(" there\n")
     old = service.workers()
     assert len(old) == 2
+    assert service.run("--status", "-c", "../there/our.toml", *pid_file, cwd=here).returncode == 0
     reloaded = service.run("--reload", "-c", there / "our.toml", *pid_file, cwd="/" if by == "file" else here)
     assert reloaded.returncode == 0
     assert not service.workers() & old
