@@ -334,13 +334,15 @@ def serving(home: Path) -> Iterator[Service]:
     home.mkdir()
     service = Service(home)
     yield service
-    with suppress(OSError, ValueError):  # there is no PID file, or only what the test has put there
-        if (manager := service.manager()) in service.processes():
-            os.kill(manager, signal.SIGTERM)
-            wait_until(lambda: not alive(manager), "the stop", 50)
-    for pid in (left := service.processes()):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    try:
+        with suppress(OSError, ValueError):  # there is no PID file, or only what the test has put there
+            if (manager := service.manager()) in service.processes():
+                os.kill(manager, signal.SIGTERM)
+                wait_until(lambda: not alive(manager), "the stop", 40)
+    finally:
+        for pid in (left := service.processes()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not service.processes(), "killed processes to go")
     assert not left, f"processes left behind: {left}"
     assert not service.trouble(), service.log[-5000:]
