@@ -204,6 +204,10 @@ class Service:
                     found.add(int(directory.name))
         return found
 
+    def assert_nothing_left(self) -> None:
+        wait_until(lambda: not self.processes(), "all processes to go")
+        assert not list(self.home.glob("daemontest.pid*"))
+
     @property
     def log(self) -> str:
         return self.log_file.read_text() if self.log_file.exists() else ""
@@ -216,6 +220,15 @@ class Service:
     def wait_for_records(self, pattern: str, count: int = 1, deadline: float = DEADLINE) -> list[re.Match[str]]:
         wait_until(lambda: len(self.records(pattern)) >= count, f"{count} of {pattern!r} in the log", deadline)
         return self.records(pattern)
+
+    def kept(self) -> tuple[int, int]:
+        """How many clients and bytes the keeper says that it has in hand."""
+        before = len(self.records("Status: keeper with"))
+        os.kill(self.manager(), signal.SIGUSR1)
+        told = self.wait_for_records("Status: keeper with", before + 1)[-1]["message"]
+        match = re.search(r"with (\d+) clients?, (\d+) bytes?", told)
+        assert match, told
+        return int(match[1]), int(match[2])
 
     def trouble(self) -> list[str]:
         """The log's lines about faults that the test did not expect."""
@@ -321,13 +334,15 @@ def serving(home: Path) -> Iterator[Service]:
     home.mkdir()
     service = Service(home)
     yield service
-    with suppress(OSError, ValueError):  # there is no PID file, or only what the test has put there
-        if (manager := service.manager()) in service.processes():
-            os.kill(manager, signal.SIGTERM)
-            wait_until(lambda: not alive(manager), "the stop", 50)
-    for pid in (left := service.processes()):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    try:
+        with suppress(OSError, ValueError):  # there is no PID file, or only what the test has put there
+            if (manager := service.manager()) in service.processes():
+                os.kill(manager, signal.SIGTERM)
+                wait_until(lambda: not alive(manager), "the stop", 40)
+    finally:
+        for pid in (left := service.processes()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not service.processes(), "killed processes to go")
     assert not left, f"processes left behind: {left}"
     assert not service.trouble(), service.log[-5000:]

@@ -2,12 +2,10 @@
 
 import os
 import re
-import shutil
 import signal
-from pathlib import Path
 
 import pytest
-from conftest import DAEMON, Service, wait_until
+from conftest import Service, wait_until
 
 DEFAULTS = {
     "-c, --config FILE": "~/daemontest.toml",
@@ -52,17 +50,6 @@ def test_version(service: Service) -> None:
     done = service.run("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"daemontest\.py \d+(\.\d+)+\n", done.stdout)
-
-
-def test_main_as_entry_point(service: Service, tmp_path: Path) -> None:
-    shutil.copy(DAEMON, tmp_path / "_daemontest.py")
-    script = tmp_path / "daemontest.py"
-    script.write_text("import sys\nfrom _daemontest import main\nsys.exit(main())\n")
-    started = service.start("-w", "1", script=script)
-    assert service.ask("x").endswith(" your text size: 1\n")
-    stopped = service.run("-t", script=script)
-    assert (stopped.returncode, stopped.stdout) == (0, f"daemontest.py {started} Server terminated.\n")
-    assert service.run("--status", script=script).returncode == 3
 
 
 @pytest.mark.parametrize("log", ["stderr", "named"])

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import time
 
 import pytest
 from conftest import Service, free_port, read_all, wait_until
@@ -55,6 +56,7 @@ def test_every_setting_takes_effect(service: Service, source: str) -> None:
     assert re.fullmatch(rf"daemontest\.py: \d+ started, 2 workers on port {service.port}\n", started.stdout), started
     assert len(service.workers()) == 2
     assert service.records("Max Requests per Child: 7$")
+    began = time.monotonic()
     with hang() as hung, service.connect() as late:
         late.sendall(b"x" * 3000)
         # bind, handler, max_text, log
@@ -67,6 +69,7 @@ def test_every_setting_takes_effect(service: Service, source: str) -> None:
         # timeout, handler_timeout
         assert read_all(late).decode().endswith(" error: text not ended within 0.7 s\n")
         assert read_all(hung) == b""
+        assert time.monotonic() - began < 8  # of the 10 s that are the default
     service.wait_for_records(r"Child Process Killed\. \(handler ran longer than 1 s\)")
     # max_requests
     wait_until(lambda: service.ask("x") and service.records(r"Child Process Ended\. \(0\)"), "a worker's last text")
@@ -97,6 +100,7 @@ def test_relative_names(service: Service, by: str) -> None:
     assert service.ask("x").endswith(" there\n")
     old = service.workers()
     assert len(old) == 2
+    assert service.run("--status", "-c", "../there/our.toml", *pid_file, cwd=here).returncode == 0
     reloaded = service.run("--reload", "-c", there / "our.toml", *pid_file, cwd="/" if by == "file" else here)
     assert reloaded.returncode == 0
     assert not service.workers() & old

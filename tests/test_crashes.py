@@ -69,7 +69,6 @@ def assert_stops(service: Service) -> None:
 
 # ---- Workers -------------------------------------------------------------------------------
 
-
 DEATHS = {"kill": "SIGKILL", "crash": "SIGSEGV", "exit 3": "exit status 3", "exit 0": "exit status 0"}
 
 
@@ -124,7 +123,6 @@ def test_a_fork_that_fails_is_logged_and_tried_again_a_second_later(service: Ser
 
 # ---- Handlers that hang --------------------------------------------------------------------
 
-
 def test_time_is_each_handlers_own_and_not_the_clients_nor_the_workers(service: Service) -> None:
     start(service, "-w", "1", "--handler-timeout", "1")
     [worker] = service.workers()
@@ -169,7 +167,6 @@ def test_a_handler_that_hangs_in_c_is_killed_at_its_time_though_its_generation_i
 
 
 # ---- The generation ------------------------------------------------------------------------
-
 
 def test_a_dead_generation_is_started_anew_a_second_later_and_nothing_is_lost(service: Service) -> None:
     held = Held(service)

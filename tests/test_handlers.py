@@ -92,15 +92,7 @@ def test_a_reply_may_be_any_text(service: Service) -> None:
         assert service.ask(f"reply = {reply!r}") == f"{worker} {reply}\n"
 
 
-def test_a_handler_refuses_a_text_by_returning_an_error(service: Service) -> None:
-    worker = start_one(service)
-    done = service.client("reply = 'error: no poem'")
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.decode() == f"testclient.py: refused: {worker} error: no poem\n"
-
-
 # ---- What it shares -------------------------------------------------------------------
-
 
 def test_workers_share_what_the_module_has_made(service: Service) -> None:
     (service.home / "table").write_text("one two six")
@@ -191,7 +183,6 @@ def test_a_hung_handler_is_killed_at_its_time_and_the_log_shows_where_it_hung(se
 
 
 # ---- It uses what a program may use ---------------------------------------------------
-
 
 def test_standard_input_is_empty_and_commands_find_what_a_shell_gives(service: Service) -> None:
     start(service)

@@ -13,11 +13,6 @@ from modules import HANDLER, HARMFUL, HASTE, LOAD, HeldImport, saying
 TROUBLE = ["(Start|Reload) Failed: ", "Handler Not Loaded:", "^    ", "^Fatal", r"Died\. \(exit status 7\)"]
 
 
-def assert_nothing_is_left(service: Service) -> None:
-    wait_until(lambda: not service.processes(), "all processes to go")
-    assert not service.pid_file.exists()
-
-
 # ---- What cannot be a handler --------------------------------------------------------------
 
 HERE = r"/.*/service\.py"
@@ -53,7 +48,7 @@ def test_what_cannot_be_a_handler_is_refused_by_check_and_start_alike(service: S
     told = fails(service, "-p", str(service.port), *HANDLER)
     assert re.fullmatch(f"daemontest\\.py: {why.replace('HOME', re.escape(str(service.home)))}", told), told
     assert fails(service, "--check", *HANDLER) == told
-    assert_nothing_is_left(service)
+    service.assert_nothing_left()
     [failed] = service.records("Start Failed: ")
     assert failed["message"] == f"Start Failed: {told.removeprefix('daemontest.py: ')}"
 
@@ -100,7 +95,6 @@ def test_what_else_can_be_called_with_one_text_is_a_handler(service: Service, ca
 
 # ---- Where it is found ---------------------------------------------------------------------
 
-
 def test_it_is_found_where_the_command_was_started(service: Service) -> None:
     package = service.home / "elsewhere" / "ours" / "deep"
     package.mkdir(parents=True)
@@ -120,7 +114,6 @@ def test_it_is_found_beside_the_configuration_file_before_all_other_places(servi
 
 
 # ---- Imported once in a generation, detached, for all workers ---------------------------------
-
 
 def test_it_is_imported_once_in_each_generation_which_is_detached_by_then(service: Service) -> None:
     service.write_handler(f"""
@@ -165,7 +158,6 @@ def handle(text):
 
 # ---- Harmful modules -----------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("case", HARMFUL)
 def test_a_harmful_module_fails_the_start_and_leaves_nothing(service: Service, case: str) -> None:
     service.expected += TROUBLE
@@ -175,7 +167,7 @@ def test_a_harmful_module_fails_the_start_and_leaves_nothing(service: Service, c
     done = service.run("-p", str(service.port), *HANDLER)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"daemontest\.py: {why}\n", done.stderr), done.stderr
-    assert_nothing_is_left(service)
+    service.assert_nothing_left()
     [failed] = service.records("Start Failed: ")
     assert f"daemontest.py: {failed['message'].removeprefix('Start Failed: ')}\n" == done.stderr
 
@@ -196,11 +188,10 @@ def test_whatever_a_module_does_to_signals_everybody_hears_them(service: Service
     began = time.monotonic()
     assert service.stop().returncode == 0
     assert time.monotonic() - began < HASTE
-    assert_nothing_is_left(service)
+    service.assert_nothing_left()
 
 
 # ---- An import that takes its time, at a start -----------------------------------------------
-
 
 def start(service: Service, how: str) -> tuple[HeldImport, subprocess.Popen[str], int]:
     """Start, and hold up the import; returns when it has begun, with its process."""
@@ -219,7 +210,7 @@ def test_a_stop_ends_the_start_at_once(service: Service, how: str) -> None:
     output, errors = launcher.communicate(timeout=HASTE)
     assert (launcher.returncode, output) == (1, "")
     assert re.fullmatch(r"daemontest\.py: [^\n]+\n", errors), errors
-    assert_nothing_is_left(service)
+    service.assert_nothing_left()
 
 
 @pytest.mark.parametrize("how", ["sleep", "deaf"])

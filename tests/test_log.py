@@ -43,7 +43,6 @@ def unescaped(logged: str) -> str:
 
 # ---- Form -----------------------------------------------------------------------------
 
-
 def test_a_life_is_told_in_the_words_of_the_original(service: Service) -> None:
     manager = service.start("-w", "1", "-n", "5", umask=0)
     assert service.log_file.stat().st_mode & 0o777 == 0o640
@@ -193,7 +192,6 @@ def test_a_traceback_is_cut_in_its_middle_and_quickly(service: Service, text: st
 
 # ---- Whole records, wherever they go --------------------------------------------------
 
-
 def into_pipe(service: Service, *arguments: str) -> int:
     reading, writing = os.pipe2(os.O_DIRECT)  # each write is read by itself
     service.foreground(*arguments, stderr=writing)
@@ -248,7 +246,6 @@ def test_records_of_many_workers_are_never_torn(service: Service, into: Callable
 
 
 # ---- A log that cannot be written -----------------------------------------------------
-
 
 def test_on_a_full_disk_the_service_runs_on(service: Service) -> None:
     service.write_handler("def handle(text):\n    print(text, flush=True)\n    return 'printed' if text != 'x' else 1")

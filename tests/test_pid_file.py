@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import DAEMON, Service, alive, wait_until
+from conftest import DAEMON, Service, alive
 
 NOBODY = 65534
 Sleep = Callable[..., subprocess.Popen[bytes]]
@@ -69,7 +69,6 @@ def assert_all_fail(service: Service, path: Path, why: str = "") -> None:
 
 # ---- Leftovers ------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("content", ["", "x" * 32, "0\n", "4194305\n", "PID\n", "-PID\n"])
 def test_leftover_is_not_running_not_signalled_and_not_in_the_way(
         service: Service, sleep_as: Sleep, content: str) -> None:
@@ -88,16 +87,6 @@ def test_leftover_is_not_running_not_signalled_and_not_in_the_way(
     assert stranger.poll() is None
 
 
-def test_start_succeeds_over_all_that_a_killed_manager_has_left(service: Service) -> None:
-    for _ in range(2):
-        manager = service.start("-w", "1")
-        os.kill(manager, 9)
-        wait_until(lambda: not service.processes() and service.refuses(), "all to go")
-        assert service.pid_file.read_text() == f"{manager}\n"
-    manager = service.start("-w", "1")
-    assert service.run("--reload").stdout == f"daemontest.py: {manager} reloaded\n"
-
-
 def test_directory_may_be_reached_by_a_link_and_is_left_empty(service: Service) -> None:
     """As /var/run is."""
     (service.home / "real").mkdir()
@@ -111,7 +100,6 @@ def test_directory_may_be_reached_by_a_link_and_is_left_empty(service: Service) 
 
 
 # ---- What is no PID file --------------------------------------------------------------
-
 
 @pytest.mark.parametrize("content", ["buy milk\n", "x" * 33 + "\n", "17\n" + " " * 5000 + "notes\n"],
                          ids=["two words", "a word of 33", "a number first"])
@@ -161,7 +149,6 @@ def test_full_file_system_is_told(service: Service) -> None:
 
 
 # ---- Strangers ------------------------------------------------------------------------
-
 
 def test_lock_of_a_stranger_is_one_line_and_no_signal(service: Service, sleep_as: Sleep) -> None:
     service.pid_file.touch()

@@ -80,7 +80,6 @@ def test_slow_text_counts_for_the_worker_that_answers_it(service: Service) -> No
 
 # ---- Ends that take time --------------------------------------------------------------
 
-
 SLOW_END = """
 import atexit, os, time
 

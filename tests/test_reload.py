@@ -35,7 +35,6 @@ by_both_ways = pytest.mark.parametrize("renew", [hup, reload])
 
 # ---- All of the new ----------------------------------------------------------------------
 
-
 @by_both_ways
 def test_workers_go_up_and_down(service: Service, renew: Callable[[Service], None]) -> None:
     service.configure("workers = 2")
@@ -178,7 +177,6 @@ def test_a_bad_reload_says_why_and_changes_nothing(service: Service, fail: Calla
 
 # ---- Nothing is lost ---------------------------------------------------------------------
 
-
 def test_the_last_generation_leaves_when_the_next_is_up_and_never_before(service: Service) -> None:
     service.start("-w", "3")
     for _ in range(3):
@@ -250,7 +248,6 @@ def test_each_of_several_commands_returns_when_its_own_change_is_in_force(servic
 
 
 # ---- While the new module is being imported ------------------------------------------------
-
 
 @pytest.mark.parametrize("how", ["sleep", "deaf"])
 def test_meanwhile_the_old_serves_and_a_hup_starts_the_import_afresh(service: Service, how: str) -> None:

@@ -58,7 +58,6 @@ def test_meaningless_signals_change_nothing(service: Service) -> None:
 
 # ---- TERM to a worker -----------------------------------------------------------------
 
-
 def test_worker_told_to_leave_is_replaced_at_once(service: Service) -> None:
     service.start("-w", "2")
     waits: list[float] = []
@@ -107,7 +106,6 @@ def test_term_counts_that_comes_before_a_worker_is_set_up(service: Service) -> N
 
 
 # ---- In a row -------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("signals", [[SIGHUP, SIGTERM], [SIGTERM, SIGTERM], [SIGHUP, SIGTERM, SIGHUP]],
                          ids=lambda signals: "+".join(signum.name[3:] for signum in signals))
@@ -173,7 +171,6 @@ def test_storm_of_signals_under_load_loses_no_request(service: Service) -> None:
 
 
 # ---- USR1: the status -----------------------------------------------------------------
-
 
 def ask_status(service: Service, expected: str) -> re.Match[str]:
     """Send USR1 until the manager tells a status in which EXPECTED, a pattern, is found; return what was found."""

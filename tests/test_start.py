@@ -26,11 +26,6 @@ from conftest import CLIENT, DAEMON, DEADLINE, Service, free_port, read_all, wai
 LOAD_FAILS = ["Start Failed: cannot load handler", "Handler Not Loaded", "Traceback", "^    ", r"^\w+Error: "]
 
 
-def assert_nothing_left(service: Service) -> None:
-    wait_until(lambda: not service.processes(), "all processes to go")
-    assert not list(service.home.glob("daemontest.pid*"))
-
-
 def assert_fails(done: subprocess.CompletedProcess[str], why: str) -> None:
     """DONE is a start that failed, with one line that says WHY, a pattern."""
     assert (done.returncode, done.stdout) == (1, "")
@@ -38,7 +33,6 @@ def assert_fails(done: subprocess.CompletedProcess[str], why: str) -> None:
 
 
 # ---- What a start says ----------------------------------------------------------------
-
 
 def test_says_manager_workers_and_port_when_all_are_there(service: Service) -> None:
     start = service.popen("-p", str(service.port), "-w", "20")
@@ -81,7 +75,7 @@ def test_failed_start_says_why(service: Service, arguments: tuple[str, ...], why
         assert service.run("--status").returncode == 3
         wait_until(lambda: not service.processes(), "the others to notice")
     else:
-        assert_nothing_left(service)
+        service.assert_nothing_left()
 
 
 @pytest.mark.parametrize("taken_by", ["listener", "connection"])
@@ -95,7 +89,7 @@ def test_taken_port_is_refused_until_it_is_free(service: Service, taken_by: str)
         done = service.run("-p", str(service.port))
         assert_fails(done, f"cannot listen on port {service.port}: Address already in use")
         assert ("connection" in done.stderr) == (taken_by == "connection")
-        assert_nothing_left(service)
+        service.assert_nothing_left()
     if taken_by == "listener":  # a connection keeps its port for a minute
         service.start("-w", "1")
 
@@ -135,7 +129,6 @@ def test_start_after_a_stop_finds_the_port_free_and_adds_to_the_log(service: Ser
 
 # ---- The steps that make a process a daemon -------------------------------------------
 
-
 def test_daemon_keeps_nothing_of_its_parents(service: Service) -> None:
     """Started from a terminal, with umask 0, in a directory of its own, with descriptors that it does not know."""
     controlling, terminal = os.openpty()
@@ -165,7 +158,6 @@ def test_daemon_keeps_nothing_of_its_parents(service: Service) -> None:
 
 
 # ---- Odd environments -----------------------------------------------------------------
-
 
 def ignore_and_block_signals() -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM):
@@ -288,11 +280,10 @@ def test_lives_in_namespaces(service: Service, namespaces: list[str], set_up: st
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=50)
     assert done.stderr == ""
     assert re.fullmatch(LIVED, done.stdout), done.stdout
-    assert_nothing_left(service)
+    service.assert_nothing_left()
 
 
 # ---- Several commands at once ---------------------------------------------------------
-
 
 @pytest.mark.parametrize("same_port", [True, False], ids=["same port", "different ports"])
 def test_exactly_one_of_many_starts_wins(service: Service, same_port: bool) -> None:
@@ -331,7 +322,6 @@ def test_asking_for_the_status_makes_no_start_or_stop_fail(service: Service) -> 
 
 # ---- Ctrl-C at a start ----------------------------------------------------------------
 
-
 def is_pythons_own(errors: str) -> bool:
     """Return whether ERRORS are those of a Python interrupted in its imports, or in argparse."""
     if errors.startswith("Fatal Python error: init_"):
@@ -361,7 +351,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing_or_a_service(service: Service, acti
         elif not action:  # it was too late for the start
             assert service.ask("x").endswith(" your text size: 1\n"), after
             assert service.stop().stdout.split()[1] == out.split()[1], after
-        assert_nothing_left(service)
+        service.assert_nothing_left()
     assert start.returncode == 0  # the last
 
 
@@ -373,4 +363,4 @@ def test_start_ended_while_its_handler_hangs_in_its_import_leaves_nothing(servic
     start.send_signal(signum)
     assert start.communicate(timeout=50) == ("", "daemontest.py: interrupted\n" if signum == signal.SIGINT else "")
     assert start.returncode not in (0, None)
-    assert_nothing_left(service)
+    service.assert_nothing_left()

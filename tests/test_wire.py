@@ -58,7 +58,6 @@ def reset(connection: socket.socket) -> None:
 
 # ---- Texts ----------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("text", [
     "", "\n", "a\r\n", "あいう\n", "e\u0301", "𝄞👩\u200d👧", "\ufeffx", "あ" * (LONG // 3), "x" * LONG], ids=range(9))
 def test_code_points_are_counted(usual: Service, text: str) -> None:
@@ -109,7 +108,6 @@ def test_a_reply_of_any_size_arrives_whole(usual: Service, count: int, clients: 
 
 
 # ---- Clients of the original kind, which keep their side open -------------------------
-
 
 def seconds_to_reply(service: Service, text: bytes) -> float:
     began = time.monotonic()
@@ -170,7 +168,6 @@ def test_a_text_that_does_not_end_is_refused_at_the_timeout(service: Service, be
 
 
 # ---- Rude clients ---------------------------------------------------------------------
-
 
 def test_connections_without_a_byte_are_no_requests(usual: Service) -> None:
     before = len(usual.records("Client: "))
