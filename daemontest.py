@@ -154,12 +154,15 @@ def write_log(data: str) -> None:
         pass  # a full disk costs records, never service
 
 
-class Raw(io.FileIO):
-    """The log as whole lines: the part of a line that is not whole waits.  Writing never fails."""
+class Printed(io.FileIO):
+    """What a handler prints, until end_line(): whole lines go to the log as they are.  Writing never fails."""
 
     def __init__(self) -> None:
         super().__init__(2, "w", closefd=False)
-        self.rest = b""
+        self.rest = b""  # of a line that is not whole
+        # A new stream for each text, whatever the handler has done to the last one.
+        self.stream = sys.stdout = sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(self), "utf-8", "backslashreplace", line_buffering=True)
 
     def write(self, data: Any) -> int:
         lines, newline, self.rest = (self.rest + bytes(data)).rpartition(b"\n")
@@ -167,24 +170,11 @@ class Raw(io.FileIO):
             os.write(2, lines + newline)
         return len(data)
 
-
-class Printed:
-    """What a handler prints, which goes to the log as it is."""
-
-    def __init__(self) -> None:
-        self.renew()
-
-    def renew(self) -> None:
-        """Let sys.stdout and sys.stderr be a new stream, whatever the handler has done to the last one."""
-        self.raw = Raw()
-        self.stream = io.TextIOWrapper(io.BufferedWriter(self.raw), "utf-8", "backslashreplace", line_buffering=True)
-        sys.stdout = sys.stderr = self.stream
-
     def end_line(self) -> None:
         with suppress(ValueError):  # the handler has closed or detached the stream
             self.stream.flush()
-        if self.raw.rest:
-            self.raw.write(b"\n")
+        if self.rest:
+            self.write(b"\n")
 
 
 # ---- PID file -----------------------------------------------------------------------
@@ -240,7 +230,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def tell_reload(self, outcome: str = "") -> None:
         """Tell those who wait that one more reload has begun; or, with an OUTCOME, how the last one has ended."""
         begun, ended, last = self.reloads
-        self.reloads = (begun, begun, printable(outcome)) if outcome else (begun + 1, ended, last)
+        self.reloads = (begun, begun, printable(outcome)[:2000]) if outcome else (begun + 1, ended, last)
         line = "{} {} {}\n".format(*self.reloads).encode(errors="backslashreplace")
         with suppress(OSError):  # a full disk must not end the manager
             os.pwrite(self.line, line, 0)
@@ -376,10 +366,8 @@ def reset_signals() -> None:
 
 def name_process(name: str) -> None:
     """Have ps(1) show NAME: at most 15 bytes (proc(5)), and no spaces, at which CPython splits /proc/self/stat."""
-    with suppress(OSError):
-        comm = os.open("/proc/self/comm", os.O_WRONLY)
-        os.write(comm, name.encode())
-        os.close(comm)
+    with suppress(OSError), open("/proc/self/comm", "w") as comm:
+        comm.write(name)
 
 
 def begin_process(name: str, *files: int) -> None:
@@ -554,8 +542,10 @@ def parse_command_line() -> Life:
             options[name] = fitting(name, value)
         except ValueError as why:
             parser.error(f"--{name.replace('_', '-')}: {why}")
-    if action in (terminate, reload, status) and (unheard := options.keys() - {"pid_file"}):
-        parser.error(f"--{min(unheard).replace('_', '-')} does not reach the running service: configure it")
+    if action in (terminate, reload, status):
+        if unheard := options.keys() - {"pid_file"}:
+            parser.error(f"--{min(unheard).replace('_', '-')} does not reach the running service: configure it")
+        file = os.devnull if options else file  # a configuration that has broken since the start is not in the way
     return functools.partial(action, functools.partial(read_settings, file=file, options=options))
 
 
@@ -567,35 +557,25 @@ def say(outcome: str) -> None:
 
 def status(read: Read) -> None:
     """print the process ID of the running service, or exit with 3"""
-    say(str(pid_file_to_ask(read).signal_manager(0, exit_status=3)[0]))
+    say(str(PidFile(read().pid_file).signal_manager(0, exit_status=3)[0]))
 
 
 def terminate(read: Read) -> None:
     """stop the service gracefully; return when all its processes are gone"""
-    pid, process = pid_file_to_ask(read).signal_manager(signal.SIGTERM)
+    pid, process = PidFile(read().pid_file).signal_manager(signal.SIGTERM)
     readable(process)
     say(f"{PROGRAM} {pid} Server terminated.")
 
 
 def reload(read: Read) -> None:
     """have the service reload; return when only the new code runs"""
-    say(f"{PROGRAM}: {pid_file_to_ask(read).ask_for_reload()} reloaded")
-
-
-def pid_file_to_ask(read: Read) -> PidFile:
-    """Return the running service's PID file, also if its configuration has broken since the start."""
-    try:
-        return PidFile(read().pid_file)
-    except Failure:
-        pid_file = PidFile(read(file=os.devnull).pid_file)
-        if pid_file.find_manager() is None:
-            raise
-        return pid_file
+    say(f"{PROGRAM}: {PidFile(read().pid_file).ask_for_reload()} reloaded")
 
 
 def check(read: Read) -> None:
     """check the configuration and the handler; start nothing"""
     settings = read()
+    os.chdir("/")  # as in the service
     try:
         load_handler(settings)
     except Failure as why:
@@ -639,6 +619,7 @@ def start(read: Read, detach: bool) -> Life | None:
                 if os.fork():
                     managers_end.close()
                     channels.close()
+                    os.close(pid_file.lock)
                     return functools.partial(await_start, launchers_end)
             launchers_end.close()
             os.dup2(managers_end.fileno(), terminal, inheritable=False)
@@ -791,27 +772,25 @@ class Child:
         self.forked_at = -math.inf
         self.kill_at = math.inf
         self.channel = self.childs_end = -1
-        self.files: list[int] = []  # that are the manager's own; the end of the channel is the order to stop
+        self.files: list[int] = []  # that the manager closes; the end of the channel is the order to stop
 
     def fork(self) -> bool:
         """Fork it; return whether this is the child.  Raise Failure."""
         self.forked_at, pid = time.monotonic(), -1
-        with failing_to("connect processes"):
-            self.channel, self.childs_end = seqpacket_pair()
-        self.files.append(self.channel)
         signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)  # until the child is ready for them
         try:
             with failing_to("fork a process"):
+                self.channel, self.childs_end = seqpacket_pair()
+                self.files += self.channel, self.childs_end
                 pid = os.fork()
         finally:
             if pid:
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())
-                os.close(self.childs_end)
             if pid < 0:
                 self.close()
+        self.pid = pid
         if pid:
-            self.pid = pid
-            with suppress(OSError):  # it has done so itself
+            with suppress(OSError):  # it has died meanwhile
                 os.setpgid(pid, pid)
         return not pid
 
@@ -924,7 +903,7 @@ class Manager:
             told = f"{os.getpid()} started, {workers} workers on port {self.settings.port}\nready"
             with suppress(OSError):  # the launcher has just gone; the service serves
                 os.write(self.terminal, told.encode())
-            os.dup2(2, self.terminal, inheritable=False)
+            os.dup2(0, self.terminal, inheritable=False)
         self.phase = Phase.SERVING
 
     def fork_missing(self) -> Life | None:
@@ -1096,7 +1075,6 @@ IN, OUT = select.EPOLLIN, select.EPOLLOUT
 # What an accepted socket is, as plain numbers; nothing that is called here depends on its family.
 CONNECTION = int(socket.AF_INET), int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
-LONG_BYTES = 65536  # of a text that the keeper leaves in a memfd, where it is not copied any more
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
 HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
 
@@ -1108,19 +1086,24 @@ class Client:
                  data: Any = b"", memfd: int = -1) -> None:
         self.connection, self.name, self.half_closed = connection, name, half_closed
         self.is_reply, self.data, self.memfd = is_reply, data, memfd
-        self.size = len(data) if memfd == -1 else os.fstat(memfd).st_size
-        # The keeper's: its conversation, what that waits for and until when, the bytes and descriptors it takes
-        # meanwhile; and until when it is not dropped, since it reads its reply.
+        # The keeper's: its conversation, what that waits for, until when, the bytes that it holds meanwhile; and until
+        # when it is not dropped, since it reads its reply.
         self.conversation: Iterator[Wait] | None = None
-        self.events, self.until, self.held, self.files, self.reads_until = 0, math.inf, 0, 0, 0.0
+        self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
 
     def send(self, channel: socket.socket) -> None:
         """Send this client through CHANNEL to another process.  Raise BlockingIOError if it is full, or OSError."""
         if len(self.data) > INLINE_BYTES:
-            self.move_to_memfd()
+            with open(os.memfd_create("daemontest"), "wb", closefd=False) as file:
+                self.memfd = file.fileno()
+                file.write(self.data)
+            self.data = b""
         name = self.name.encode()
         socket.send_fds(channel, [HEADER.pack(self.is_reply, self.half_closed, len(name)), name, self.data],
-                        [self.connection.fileno(), self.memfd][:1 if self.memfd == -1 else 2])
+                        [self.connection.fileno(), self.memfd][:self.descriptors()])
+
+    def descriptors(self) -> int:
+        return 1 if self.memfd == -1 else 2
 
     @staticmethod
     def receive(channel: socket.socket) -> Client | None:
@@ -1132,38 +1115,18 @@ class Client:
         name, data = message[HEADER.size:HEADER.size + length].decode(), message[HEADER.size + length:]
         return Client(connection_of(files[0]), name, half_closed, is_reply, data, *files[1:])
 
-    def move_to_memfd(self) -> None:
-        self.memfd = os.memfd_create("daemontest")
-        with open(self.memfd, "wb", closefd=False) as file:
-            file.write(self.data)
-        self.data = b""
-
-    def append(self, piece: bytes, most: int) -> None:
-        """Take a PIECE of the text.  Raise Failure if that is longer than MOST bytes now."""
-        self.size += len(piece)
-        if self.size > most:
-            raise Failure(f"text longer than {most} bytes")
-        if self.memfd == -1:
-            self.data += piece
-            if self.size > LONG_BYTES:
-                self.move_to_memfd()
-        else:
-            os.write(self.memfd, piece)
-
-    def take_data(self) -> bytes | bytearray:
+    def take_data(self) -> bytes:
         """Return the data, which is here no longer.  Raise MemoryError."""
-        data = self.data if self.memfd == -1 else os.pread(self.memfd, self.size, 0)
-        self.forget_data()
-        return data
-
-    def forget_data(self) -> None:
-        self.data = b""
-        if self.memfd != -1:
-            os.close(self.memfd)
-            self.memfd = -1
+        data, memfd, self.data, self.memfd = self.data, self.memfd, b"", -1
+        if memfd == -1:
+            return bytes(data)
+        with open(memfd, "rb") as file:
+            file.seek(0)
+            return file.read()
 
     def close(self) -> None:
-        self.forget_data()
+        if self.memfd != -1:
+            os.close(self.memfd)
         self.connection.close()
 
 
@@ -1186,7 +1149,6 @@ def refuse(client: Client, reason: str) -> None:
     """Give CLIENT an error as its reply, and log it."""
     log("-", f"Client: {client.name}; Refused: {reason}.")
     client.data, client.is_reply = b"%d error: %b\n" % (os.getpid(), reason.encode()), True
-    client.size = len(client.data)
 
 
 # ---- Keeper -------------------------------------------------------------------------
@@ -1267,6 +1229,7 @@ class Keeper:
                 self.clients[client.connection.fileno()] = client
                 self.poller.register(client.connection, select.EPOLLONESHOT)
                 client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
+                self.files += client.descriptors()
                 self.advance(client)
             else:
                 self.poller.unregister(self.from_workers)
@@ -1278,9 +1241,8 @@ class Keeper:
         if message:
             timeout, max_text, grace = message.split()
             self.settings = replace(self.settings, timeout=float(timeout), max_text=int(max_text), grace=float(grace))
-            for file in files:  # one, unless descriptors are short
-                log_to(file)
-                os.close(file)
+            log_to(files[0])
+            os.close(files[0])
             return
         self.poller.unregister(self.orders)
         self.stopped_at = time.monotonic()
@@ -1295,43 +1257,46 @@ class Keeper:
         silent_since = time.monotonic()
         until = silent_since + self.settings.timeout
         try:
-            if client.size <= LONG_BYTES:
-                client.data = bytearray(client.take_data())
+            client.data = bytearray(client.take_data())
             while True:
-                before, quiet_at = client.size, math.inf
+                before, quiet_at = len(client.data), math.inf
                 if 0 < before <= OPEN_SIDE_BYTES:
                     quiet_at = silent_since + (0.1 if client.data.endswith(b"\n") else 1.0)
                 yield IN, min(until, self.end_by, quiet_at), before
                 while piece := receive(client.connection):
-                    client.append(piece, self.settings.max_text)
+                    client.data += piece
+                    if len(client.data) > self.settings.max_text:
+                        raise Failure(f"text longer than {self.settings.max_text} bytes")
                 now = time.monotonic()
-                if client.size > before:
+                if len(client.data) > before:
                     silent_since, quiet_at = now, math.inf
                 client.half_closed = piece == b""
                 if client.half_closed or now >= quiet_at:
                     break
-                if not client.size and now >= min(until, self.stopped_at):
+                if not client.data and now >= min(until, self.stopped_at):
                     return
-                if now >= min(until, self.end_by):
+                if now >= until:
                     raise Failure(f"text not ended within {self.settings.timeout:g} s")
+                if now >= self.end_by:
+                    raise Failure("the service stops")
         except (Failure, MemoryError) as why:
-            client.forget_data()
             refuse(client, str(why) or "not enough memory")
             yield from self.deliver(client)
             return
         except OSError as why:
-            if client.size:
+            if client.data:
                 log("-", f"Client: {client.name}; Lost: {why.strerror or why}.")
             return
         self.texts.append(client)
-        yield 0, math.inf, client.size
+        yield 0, math.inf, len(client.data)
 
     def deliver(self, client: Client) -> Iterator[Wait]:
         """Send a reply, as fast as the client reads it.  Then, if it keeps its side open, wait for the end of that.
 
         To close with data unread resets the connection (RFC 2525, 2.17), and can destroy the reply in flight.
         """
-        until, sent, size = time.monotonic() + self.settings.timeout, 0, client.size
+        until, sent = time.monotonic() + self.settings.timeout, 0
+        size = len(client.data) if client.memfd == -1 else os.fstat(client.memfd).st_size
         try:
             while sent < size:
                 client.reads_until = time.monotonic() + 1.0
@@ -1371,10 +1336,8 @@ class Keeper:
         self.poller.modify(client.connection, events | select.EPOLLONESHOT)
         client.events = events
         self.look_at = min(self.look_at, client.until)
-        files = 1 if client.memfd == -1 else 2
-        self.files += files - client.files
         self.numbers[self.BYTES] += held - client.held
-        client.held, client.files = held, files
+        client.held = held
         self.keep_within_bounds()
 
     def advance_late(self) -> None:
@@ -1420,7 +1383,7 @@ class Keeper:
     def close(self, client: Client) -> None:
         self.poller.unregister(client.connection)  # closing is not enough while a message holds it open
         self.numbers[self.BYTES] -= client.held
-        self.files -= client.files
+        self.files -= client.descriptors()
         client.conversation = None
         del self.clients[client.connection.fileno()]
         client.close()
@@ -1510,7 +1473,7 @@ def load_generation(generation: Generation) -> Life | None:
         os._exit(0)  # the manager is gone
     log_to(generation.log_file)
     write_files(at_end=False)  # now, and not once more by every worker
-    supervisor = Supervisor(generation, handler, printed, files)
+    supervisor = Supervisor(generation, handler, files)
     # Once it has freed a block of 4 MiB, malloc keeps what long texts took for the next one, instead of giving it back
     # and having it filled with zeros anew (mallopt(3)): texts of 1 MiB take 0.6 of the processor time.
     bytes(2**22)
@@ -1549,13 +1512,13 @@ def disown() -> None:
 class Supervisor:
     """A generation's own process, which keeps the number of its workers."""
 
-    def __init__(self, generation: Generation, handler: Handler, printed: Printed, files: list[int]) -> None:
+    def __init__(self, generation: Generation, handler: Handler, files: list[int]) -> None:
         self.record, self.channel = generation, generation.childs_end
-        self.handler, self.printed, self.stopping = handler, printed, files.pop()
+        self.handler, self.stopping = handler, files.pop()
         self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
         for end, patience in zip(self.sockets, (0.0, PATIENCE, 0.0), strict=True):
             end.settimeout(patience)  # whatever default the handler's module has set
-        self.lifeline, self.lifeline_out = os.pipe()  # its end tells the workers that this process has died
+        self.lifeline = os.pidfd_open(os.getpid())  # by which the workers see that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
         self.up = False  # once all workers have served
@@ -1667,7 +1630,7 @@ class Worker:
 
     def __init__(self, generation: Supervisor, slot: memoryview[float]) -> None:
         os.setpgid(0, 0)
-        for file in (generation.channel, generation.lifeline_out, generation.signals.reading):
+        for file in (generation.channel, generation.signals.reading):
             os.close(file)
         name_process("daemontest-work")
         self.generation, self.settings, self.handler = generation, generation.record.settings, generation.handler
@@ -1675,7 +1638,7 @@ class Worker:
         self.listener, self.to_keeper, self.from_keeper = generation.sockets
         self.signals = Signals()
         self.requests_left = self.settings.max_requests
-        self.leaving = self.stopping = False  # it is to exit; the service stops
+        self.leaving = False  # it is to exit
         self.client: Client | None = None  # being served
         self.impatient_until = 0.0
         if self.handler is not text_length:
@@ -1703,15 +1666,15 @@ class Worker:
         for file in (self.signals.reading, self.generation.stopping, self.generation.lifeline):
             poller.register(file, IN)
         # It goes on beyond its number while as many are ending as are to serve, and at a stop until no more texts come.
-        while not self.leaving and (self.requests_left > 0 or self.stopping
+        stopping = self.generation.stopping
+        while not self.leaving and (self.requests_left > 0 or readable(stopping, 0)
                                     or len(self.generation.record.slots(ENDING)) >= self.settings.workers):
             # Do all that this worker was woken for before it looks whether to go on: nobody else may have been woken.
-            ready = dict(poller.poll(None if self.requests_left > 0 or self.stopping else TICK))
-            if self.generation.stopping in ready:
-                poller.unregister(self.generation.stopping)
+            ready = dict(poller.poll(None if self.requests_left > 0 else TICK))
+            if stopping in ready:
+                poller.unregister(stopping)
                 poller.unregister(listener)
                 self.listener.close()
-                self.stopping = True
             elif listener in ready:
                 self.accept_client()
             if from_keeper in ready:
@@ -1744,13 +1707,19 @@ class Worker:
 
     def take_text(self) -> None:
         """Take a client whose text is whole from the keeper, and answer it."""
-        with suppress(BlockingIOError):
-            if client := Client.receive(self.from_keeper):
-                self.serve(client, Client.take_data)
-            else:  # the service stops, and no more texts come
-                self.leaving = True
+        try:
+            client = Client.receive(self.from_keeper)
+        except BlockingIOError:
+            return
+        except OSError as why:  # no descriptor is left for it
+            log("-", f"Client Lost: {why.strerror}.")
+            sys.exit()  # but not as ENDING, so the next one comes after a delay
+        if client:
+            self.serve(client, Client.take_data)
+        else:  # the service stops, and no more texts come
+            self.leaving = True
 
-    def serve(self, client: Client, get_text: Callable[[Client], bytes | bytearray | None]) -> None:
+    def serve(self, client: Client, get_text: Callable[[Client], bytes | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
         self.client, started = client, False
         try:
@@ -1828,7 +1797,7 @@ class Worker:
         """Return the handler's reply, as it is sent.  Raise Failure, whatever the handler raises."""
         if self.handler is text_length:  # which cannot hang, print or fork
             return f"{self.pid} {text_length(text)}\n".encode()
-        self.generation.printed.renew()
+        printed = Printed()
         try:
             self.slot[CALLED] = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, self.settings.handler_timeout)
@@ -1841,7 +1810,7 @@ class Worker:
             raise Failure("handler failed") from None
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self.generation.printed.end_line()
+            printed.end_line()
             if os.getpid() != self.pid:
                 os._exit(0)  # a fork of the handler's, which is not to serve
             self.slot[CALLED] = 0
