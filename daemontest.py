@@ -1100,10 +1100,11 @@ class Client:
             self.data = b""
         name = self.name.encode()
         socket.send_fds(channel, [HEADER.pack(self.is_reply, self.half_closed, len(name)), name, self.data],
-                        [self.connection.fileno(), self.memfd][:self.descriptors()])
+                        [self.connection.fileno(), self.memfd][:1 if self.memfd == -1 else 2])
 
     def descriptors(self) -> int:
-        return 1 if self.memfd == -1 else 2
+        """Return how many descriptors the keeper has for this client: a long reply stays in its memfd."""
+        return 2 if self.is_reply and self.memfd != -1 else 1
 
     @staticmethod
     def receive(channel: socket.socket) -> Client | None:

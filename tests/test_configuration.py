@@ -151,11 +151,16 @@ def test_a_file_that_cannot_be_read(service: Service, name: str, why: str) -> No
     assert done.stderr == f"daemontest.py: cannot read configuration {service.home / name}: {why}\n"
 
 
-def test_a_running_service_is_found_though_its_configuration_broke(service: Service) -> None:
+def test_a_running_service_is_found_by_its_pid_file_though_the_configuration_broke(service: Service) -> None:
     manager = service.start()
+    other = service.configure("workers = ").rename(service.home / "other.toml")
+    for action in ("-t", "--status", "--reload"):
+        done = service.run(action, "-c", str(other))
+        assert (done.returncode, done.stdout) == (1, ""), "it is not the service of another configuration"
     service.configure("workers = ")
-    assert service.run("--status").stdout == f"{manager}\n"
-    assert service.stop().stdout == f"daemontest.py {manager} Server terminated.\n"
+    assert service.run("--status", "--pid-file", str(service.pid_file)).stdout == f"{manager}\n"
+    stop = service.run("-t", "--pid-file", str(service.pid_file))
+    assert stop.stdout == f"daemontest.py {manager} Server terminated.\n"
 
 
 def test_check_starts_nothing_and_shows_the_traceback(service: Service) -> None:

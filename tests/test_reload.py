@@ -134,7 +134,7 @@ def fail_by_hup(service: Service) -> str:
 
 def fail_by_command(service: Service) -> str:
     """Reload, which must fail; the reason, from standard error."""
-    done = service.run("--reload")
+    done = service.run("--reload", "--pid-file", str(service.pid_file))
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"daemontest\.py: nothing changed: [^\n]+\n", done.stderr), done.stderr
     why = done.stderr[:-1].removeprefix("daemontest.py: nothing changed: ")

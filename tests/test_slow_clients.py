@@ -342,6 +342,19 @@ def test_slow_clients_finish_after_the_managers_end(service: Service, held: Held
     wait_until(lambda: not any(map(alive, processes)), "all to end")
 
 
+def test_a_stop_during_a_workers_last_text_loses_none_that_is_kept(service: Service, held: Held) -> None:
+    start(service, "-w", "1", "-n", "1", "--timeout", "30")
+    (client,), busy = begin(service), service.begin(b"hold")
+    held.wait_for()
+    stop = service.popen("-t")
+    wait_until(service.refuses, "nobody to listen")
+    held.release()
+    with busy:
+        assert read_all(busy).endswith(b" let through\n")
+    assert finish(client).endswith(REST)
+    assert stop.wait(40) == 0
+
+
 # ---- Everything at a time -----------------------------------------------------------------
 
 @pytest.mark.parametrize("event", ["reload", "keeper", "generation", "worker"])
