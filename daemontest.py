@@ -112,7 +112,7 @@ def log(mark: str, *messages: str, pid: int = 0, text: str = "") -> None:
     """
     second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
     begin = f"{timestamp(second) % millisecond} {mark} {pid or os.getpid()} "
-    write_log(begin + f"\n{begin}".join(messages) + "\n" + indented(text))
+    write_lines(begin + f"\n{begin}".join(messages) + "\n" + indented(text))
 
 
 @functools.lru_cache(maxsize=1)  # many records share a second
@@ -135,15 +135,13 @@ def printable(text: str, kept: str = "\u3000") -> str:
 
 def log_traceback(message: str, why: BaseException) -> None:
     """Log the traceback of WHY, cut in the middle if it is long: it may hold a client's text."""
-    text = f"{type(why).__name__}, which cannot be printed"
-    with suppress(BaseException):  # the handler's own exception may fail to say what it is
-        text = "".join(traceback.format_exception(why))
+    text = "".join(traceback.format_exception(why))
     if len(text) > TRACED:
         text = f"{text[:TRACED // 2]}\n...\n{text[-TRACED // 2:]}"
     log("*", printable(message), text=text)
 
 
-def write_log(data: str) -> None:
+def write_lines(data: str) -> None:
     """Write DATA, cut in the middle to PIPE_BUF bytes, which even a pipe keeps whole (pipe(7))."""
     while len(written := data.encode(errors="backslashreplace")) > select.PIPE_BUF:
         part = len(data) * 3 // 8
@@ -191,16 +189,6 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         self.lock = self.line = -1  # the manager's descriptors of the file, and of the one beside it
         self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
 
-    def open_for(self, flags: int, path: str = "") -> int:
-        """Open the file, which must be a regular file and no symbolic link; return a descriptor.  Raise OSError."""
-        if os.path.islink(path or self.path):
-            raise OSError("is a symbolic link")
-        file = os.open(path or self.path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            os.close(file)
-            raise OSError("not a regular file")
-        return file
-
     def claim(self) -> None:
         """Take the lock for the manager that is about to be forked.  Raise Failure."""
         with failing_to(f"use PID file {self.path}"):
@@ -247,11 +235,30 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 os.unlink(self.path)
                 os.unlink(f"{self.path}.reloads")
 
-    def is_at_path(self, file: int) -> bool:
-        """Return whether the path still names FILE."""
-        with suppress(OSError):
-            return os.path.samestat(os.fstat(file), os.stat(self.path))
-        return False
+    def ask_for_reload(self) -> int:
+        """Have the manager reload, and wait until that is over; return its PID.  Raise Failure."""
+        pid, process = self.signal_manager(0)
+        with failing_to(f"read {self.path}.reloads"):
+            line = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
+            begun = int(os.pread(line, 8192, 0).partition(b" ")[0] or 0)
+        self.signal_manager(signal.SIGHUP)
+        while not readable(process, 0.01):
+            found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(line, 8192, 0))
+            if found and int(found[1]) > begun:
+                if found[2] == b"ok":
+                    return pid
+                raise Failure(f"nothing changed: {found[2].decode()}")
+        raise Failure("nothing changed: the service has stopped")
+
+    def signal_manager(self, signum: int, exit_status: int = 1) -> tuple[int, int]:
+        """Signal the manager, with 0 only see that there is one; return its PID and a pidfd.  Raise Failure."""
+        manager = self.find_manager()
+        if manager is None:
+            raise Failure(f"not running (PID file {self.path})", exit_status)
+        with failing_to("signal the manager"), suppress(ProcessLookupError):  # it has just ended
+            if signum:  # which everybody may ask for
+                signal.pidfd_send_signal(manager[1], signum)
+        return manager
 
     def find_manager(self) -> tuple[int, int] | None:
         """Return the PID of the living manager and a pidfd, or None; wait for one that is starting.  Raise Failure."""
@@ -274,30 +281,21 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                             return pid, process  # otherwise the number may mean another process by now
         return None
 
-    def signal_manager(self, signum: int, exit_status: int = 1) -> tuple[int, int]:
-        """Signal the manager, with 0 only see that there is one; return its PID and a pidfd.  Raise Failure."""
-        manager = self.find_manager()
-        if manager is None:
-            raise Failure(f"not running (PID file {self.path})", exit_status)
-        with failing_to("signal the manager"), suppress(ProcessLookupError):  # it has just ended
-            if signum:  # which everybody may ask for
-                signal.pidfd_send_signal(manager[1], signum)
-        return manager
+    def open_for(self, flags: int, path: str = "") -> int:
+        """Open the file, which must be a regular file and no symbolic link; return a descriptor.  Raise OSError."""
+        if os.path.islink(path or self.path):
+            raise OSError("is a symbolic link")
+        file = os.open(path or self.path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError("not a regular file")
+        return file
 
-    def ask_for_reload(self) -> int:
-        """Have the manager reload, and wait until that is over; return its PID.  Raise Failure."""
-        pid, process = self.signal_manager(0)
-        with failing_to(f"read {self.path}.reloads"):
-            line = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
-            begun = int(os.pread(line, 8192, 0).partition(b" ")[0] or 0)
-        self.signal_manager(signal.SIGHUP)
-        while not readable(process, 0.01):
-            found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(line, 8192, 0))
-            if found and int(found[1]) > begun:
-                if found[2] == b"ok":
-                    return pid
-                raise Failure(f"nothing changed: {found[2].decode()}")
-        raise Failure("nothing changed: the service stopped meanwhile")
+    def is_at_path(self, file: int) -> bool:
+        """Return whether the path still names FILE."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        return False
 
 
 def retries() -> Iterator[None]:
@@ -318,17 +316,17 @@ def take_lock(file: int, kind: int) -> bool:
 
 # ---- Signals and processes ----------------------------------------------------------
 
-# What the manager's loop reads; what means nothing to it, or to the others; but a worker takes TERM, and ALRM as well.
+# What the manager's loop reads; what it ignores; what the others ignore (but a worker handles TERM, and ALRM kills it).
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
 OTHERS_MEANINGLESS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
 
 Handler = Callable[[str], str]
-Life = Callable[[], Any]  # what a process that has just been forked does; it returns the next one, or None
+Life = Callable[[], Any]  # what a process does next; it returns what comes after that, or None
 
 
 def do_nothing(*_: object) -> None:
-    """Handle a signal that means nothing.  Unlike one that is ignored, execve(2) resets it for a handler's commands."""
+    """Do nothing.  A handler's commands begin with the default for caught signals, unlike ignored ones (execve(2))."""
 
 
 class Signals:
@@ -371,18 +369,17 @@ def name_process(name: str) -> None:
 
 
 def begin_process(name: str, *files: int) -> None:
-    """Make the process that the manager has just forked one of its own, with no descriptors of its but FILES."""
+    """Set up a process that the manager has just forked; of the manager's descriptors it keeps only FILES."""
     os.setpgid(0, 0)
     name_process(name)
-    for file in map(int, os.listdir("/proc/self/fd")):
-        if file > 2 and file not in files:
-            with suppress(OSError):  # that of the list itself
-                os.close(file)
+    for file in {*map(int, os.listdir("/proc/self/fd"))} - {0, 1, 2, *files}:
+        with suppress(OSError):  # that of the list itself
+            os.close(file)
     reset_signals()
 
 
 def kill_group(pid: int) -> None:
-    """Kill what is left of the group of process PID, which has exited, or cannot be relied on to."""
+    """Kill the group of process PID, which has exited, or cannot be relied on to."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
@@ -493,10 +490,7 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 
 
 def main() -> None:
-    """Do what the command line says; and, in each process that is forked meanwhile, what that one is to do.
-
-    What has forked returns the child's life to here, so that no child runs on its parent's stack.
-    """
+    """Do what the command line says.  Forks return the child's life to here: no child runs on its parent's stack."""
     # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
     while os.open(os.devnull, os.O_RDWR) < 2:
         pass
@@ -504,13 +498,13 @@ def main() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
     life: Life | None = parse_command_line()
-    atexit.register(os._exit, 0)  # called last: the interpreter does all it does at its end, but take modules apart
+    atexit.register(os._exit, 0)  # called last: the interpreter exits as usual, but takes no modules apart
     try:
         while life:
             life = life()
         return
     except (Failure, KeyboardInterrupt) as why:
-        write_log(f"{PROGRAM}: {printable(str(why) or 'interrupted')}\n")  # to standard error, or the launcher
+        write_lines(f"{PROGRAM}: {printable(str(why) or 'interrupted')}\n")  # to standard error, or the launcher
         os._exit(why.exit_status if isinstance(why, Failure) else 1)
     except Exception as why:  # a fault of this program
         log_traceback("Process Failed:", why)
@@ -603,7 +597,7 @@ def foreground(read: Read) -> Life | None:
 
 
 def start(read: Read, detach: bool) -> Life | None:
-    """Check, claim, listen, detach; return the manager's life, or the launcher's.  Raise Failure, and leave nothing."""
+    """Check, claim, listen, detach; return the life of the manager, or launcher.  Raise Failure, and leave nothing."""
     settings = read()
     os.umask(UMASK)
     signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)  # until the manager is ready for them
@@ -641,7 +635,7 @@ def start(read: Read, detach: bool) -> Life | None:
 
 
 def await_start(manager: socket.socket) -> None:
-    """Print the manager's line, and "ready" if it has started; or log why not, and exit."""
+    """Read the manager's line, which "ready" follows on success; print it, or write the error and exit with 1."""
     signal.signal(signal.SIGINT, lambda *_: manager.shutdown(socket.SHUT_WR))  # at which the manager stops
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
     told = manager.recv(65536)
@@ -649,7 +643,7 @@ def await_start(manager: socket.socket) -> None:
     line, _, ready = told.decode(errors="replace").removeprefix(f"{PROGRAM}: ").partition("\n")
     if not ready:
         manager.recv(1)  # ends when the manager has exited
-        write_log(told.decode(errors="replace") or f"{PROGRAM}: cannot start: the manager died\n")
+        write_lines(told.decode(errors="replace") or f"{PROGRAM}: cannot start: the manager died\n")
         os._exit(1)
     say(f"{PROGRAM}: {line}")
 
@@ -685,7 +679,7 @@ def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
 
 
 class Channels:
-    """The descriptors that manager, keeper and workers share.  Only the manager makes them, so they last."""
+    """The descriptors that manager, keeper and workers share.  The manager holds all, so they outlive any child."""
 
     def __init__(self, listener: socket.socket, listener_is_ours: bool) -> None:
         listener.setblocking(False)
@@ -713,7 +707,7 @@ RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest 
 
 
 def seqpacket_pair() -> tuple[int, int]:
-    """Return the ends of a connection that keeps messages apart: each goes to one of those who read."""
+    """Return the ends of a connection that keeps messages apart; each message goes to exactly one reader."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
         end.setblocking(False)
@@ -749,7 +743,7 @@ def receive_message(channel: socket.socket) -> tuple[bytes, list[int]]:
 
 # ---- Manager ------------------------------------------------------------------------
 
-RESPAWN_DELAY = 1.0  # s until what died is forked again
+RESPAWN_DELAY = 1.0  # s until a process that died is replaced
 TICK = 0.05  # s between two looks at what is due, while something is
 MARGIN = 2.0  # s after the grace in which keeper and generation can exit by themselves
 
@@ -760,7 +754,7 @@ State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of
 # END_BY it is killed.  SLOT numbers fill a line of the processor's cache, so that no two processes write to the same.
 STATE, PID, CALLED, SERVED, END_BY = range(5)
 SLOT = 8
-VACANT, STARTING, SERVING, ENDING = range(4)  # its STATE: while ENDING it finishes its handler, and exit functions
+VACANT, FORKED, ACCEPTING, ENDING = range(4)  # its STATE: while ENDING it finishes its handler, and exit functions
 
 
 class Child:
@@ -884,9 +878,6 @@ class Manager:
             raise Failure(self.failure)
         return None
 
-    def in_state(self, state: State) -> list[Generation]:
-        return [generation for generation in self.generations if generation.state is state]
-
     def announce(self) -> None:
         """Tell all who wait when one generation serves, and no other is left."""
         if (self.phase not in (Phase.STARTING, Phase.CHANGING)
@@ -960,9 +951,10 @@ class Manager:
 
     def take_over(self, generation: Generation) -> None:
         """Let GENERATION, which is up, be the one that serves."""
-        for last in self.in_state(State.SERVING):
-            last.state, last.kill_at = State.LEAVING, time.monotonic() + last.settings.grace + MARGIN
-            send_message(last.channel, "drain")
+        for previous in self.in_state(State.SERVING):
+            previous.state = State.LEAVING
+            previous.kill_at = time.monotonic() + previous.settings.grace + MARGIN
+            send_message(previous.channel, "drain")
         generation.state, generation.since = State.SERVING, time.time()
         self.settings = settings = generation.settings
         log_to(generation.log_file)
@@ -972,7 +964,7 @@ class Manager:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
 
     def loading_failed(self, why: str) -> None:
-        """Tell whoever is concerned WHY the last generation did not come up."""
+        """Report WHY the newest generation did not come up."""
         shown = printable(why)
         if self.phase is Phase.STARTING:
             log("*", f"Start Failed: {shown}")
@@ -1020,12 +1012,6 @@ class Manager:
         elif time.monotonic() >= generation.kill_at:
             log("*", "Generation Killed. (still running after the grace)", pid=generation.pid)
 
-    def kill_loading(self) -> None:
-        """Kill the generation that is loading, with all that its module has started: there is nothing in it to save."""
-        for generation in self.in_state(State.LOADING):
-            generation.state = State.LEAVING
-            kill_group(generation.pid)
-
     def stop(self, failure: str = "") -> None:
         """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
         if self.phase is Phase.STOPPING:
@@ -1042,6 +1028,12 @@ class Manager:
             child.kill_at = min(child.kill_at, end)
             child.close()
         self.keeper.kill_at = end + MARGIN  # it waits for the generation's workers
+
+    def kill_loading(self) -> None:
+        """Kill the generation that is loading, with all that its module has started: there is nothing in it to save."""
+        for generation in self.in_state(State.LOADING):
+            generation.state = State.LEAVING
+            kill_group(generation.pid)
 
     def log_status(self) -> None:
         if self.keeper.pid:
@@ -1067,6 +1059,9 @@ class Manager:
                 notifier.sendto(state.encode(errors="replace"), re.sub("^@", "\0", self.notify_socket))
         except OSError as why:
             log("*", f"Cannot Notify: {why.strerror or why}")
+
+    def in_state(self, state: State) -> list[Generation]:
+        return [generation for generation in self.generations if generation.state is state]
 
 
 # ---- Clients ------------------------------------------------------------------------
@@ -1107,7 +1102,7 @@ class Client:
         return 2 if self.is_reply and self.memfd != -1 else 1
 
     @staticmethod
-    def receive(channel: socket.socket) -> Client | None:
+    def from_channel(channel: socket.socket) -> Client | None:
         """Receive a client from CHANNEL; None at its end.  Raise BlockingIOError if none has come, or OSError."""
         message, files = receive_message(channel)
         if not message:
@@ -1117,7 +1112,7 @@ class Client:
         return Client(connection_of(files[0]), name, half_closed, is_reply, data, *files[1:])
 
     def take_data(self) -> bytes:
-        """Return the data, which is here no longer.  Raise MemoryError."""
+        """Return the data and let go of it.  Raise MemoryError."""
         data, memfd, self.data, self.memfd = self.data, self.memfd, b"", -1
         if memfd == -1:
             return bytes(data)
@@ -1138,7 +1133,7 @@ def connection_of(descriptor: int) -> socket.SocketType:
     return connection
 
 
-def receive(connection: socket.SocketType) -> bytes | None:
+def receive_some(connection: socket.SocketType) -> bytes | None:
     """Return what has come: nothing at the end, None if nothing has come yet.  Raise OSError."""
     try:
         return connection.recv(RECEIVE_BYTES)
@@ -1156,8 +1151,8 @@ def refuse(client: Client, reason: str) -> None:
 
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
 SPARE_DESCRIPTORS = 32
-LINGER = 1.0  # s of silence after which a client that has its reply, but keeps its side open, is left
-LAST_CALL = 0.1  # s after which, at a stop, workers bring no more texts: they accept none, and pass on what they have
+LINGER = 1.0  # s of silence after which a client that has its reply, but keeps its side open, is closed
+LAST_CALL = 0.1  # s in which workers, at a stop, pass on what they have accepted
 
 Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a worker), until when, and the bytes held
 
@@ -1165,26 +1160,26 @@ Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a
 class Keeper:
     """The process that keeps every client which would make a worker wait, and passes whole texts to the workers.
 
-    A conversation is a generator that yields what it waits for.  At a stop the keeper shuts down its end of the channel
-    to the workers when no text can become whole any more; they leave, and the end of theirs says that no replies come.
+    A conversation is a generator that yields what it waits for.  At a stop, once no text can become whole any more, the
+    keeper shuts down its channel to the workers; they leave, and the end of theirs says that no more replies come.
     """
 
     CLIENTS, BYTES = range(2)  # numbers that it shares with the manager
 
-    def __init__(self, channels: Channels, record: Child, settings: Settings) -> None:
-        begin_process("daemontest-keep", record.childs_end, *channels.of_keeper)
+    def __init__(self, channels: Channels, child: Child, settings: Settings) -> None:
+        begin_process("daemontest-keep", child.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         self.files, self.most_files = 0, max(limit - SPARE_DESCRIPTORS, limit // 2)  # that clients take
         self.channels, self.settings = channels, settings
-        self.orders, self.numbers = record.childs_end, record.numbers
+        self.orders, self.numbers = child.childs_end, child.numbers
         self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
         self.poller = select.epoll()
         self.clients: dict[int, Client] = {}  # by descriptor, those held longest first
         self.texts: deque[Client] = deque()  # whole ones that wait for a worker
         self.look_at = math.inf  # when some client may be late
         self.stopped_at = math.inf
-        self.end_by = math.inf  # clients are waited for at a stop: not as long as workers wait for us
+        self.end_by = math.inf  # for clients at a stop: before the workers are killed, who wait for us
         self.connected = True  # whether there are workers
 
     def run(self) -> None:
@@ -1207,20 +1202,11 @@ class Keeper:
             self.numbers[self.CLIENTS] = len(self.clients)
         log("*", "Keeper Process Ended.")
 
-    def finished(self) -> bool:
-        """Return whether the service stops and no client is left; tell the workers when no more texts come."""
-        if self.stopped_at == math.inf:
-            return False
-        if time.monotonic() >= self.stopped_at + LAST_CALL and all(client.is_reply for client in self.clients.values()):
-            with suppress(OSError):  # the workers are gone
-                self.to_workers.shutdown(socket.SHUT_WR)
-        return not self.connected and not self.clients
-
     def take_clients(self) -> None:
-        """Take those that workers pass on, all that have come by now."""
+        """Take every client that workers have passed on by now."""
         while self.connected:
             try:
-                client = Client.receive(self.from_workers)
+                client = Client.from_channel(self.from_workers)
             except BlockingIOError:
                 return
             except OSError as why:  # for want of descriptors, since long replies take one more
@@ -1229,31 +1215,34 @@ class Keeper:
             if client:
                 self.clients[client.connection.fileno()] = client
                 self.poller.register(client.connection, select.EPOLLONESHOT)
-                client.conversation = self.deliver(client) if client.is_reply else self.receive(client)
+                client.conversation = self.deliver(client) if client.is_reply else self.receive_rest(client)
                 self.files += client.descriptors()
                 self.advance(client)
             else:
                 self.poller.unregister(self.from_workers)
                 self.connected = False
 
-    def read_orders(self) -> None:
-        """Take settings and log of the generation that now serves; the end of the orders is the order to stop."""
-        message, files = read_message(self.orders)
-        if message:
-            timeout, max_text, grace = message.split()
-            self.settings = replace(self.settings, timeout=float(timeout), max_text=int(max_text), grace=float(grace))
-            log_to(files[0])
-            os.close(files[0])
+    def advance(self, client: Client) -> None:
+        """Let the client's conversation go on until it waits again, or ends."""
+        if not client.conversation:
+            return  # it has been dropped meanwhile
+        try:
+            wait = next(client.conversation, None)
+        except Exception as why:  # a fault of this program is not the other clients' fault
+            log_traceback("Conversation Failed:", why)
+            wait = None
+        if not wait:
+            self.close(client)
             return
-        self.poller.unregister(self.orders)
-        self.stopped_at = time.monotonic()
-        self.end_by = self.stopped_at + 0.9 * self.settings.grace
-        self.channels.stop_listening()
-        for client in list(self.clients.values()):
-            if client.events:
-                self.advance(client)
+        events, client.until, held = wait
+        self.poller.modify(client.connection, events | select.EPOLLONESHOT)
+        client.events = events
+        self.look_at = min(self.look_at, client.until)
+        self.numbers[self.BYTES] += held - client.held
+        client.held = held
+        self.keep_within_bounds()
 
-    def receive(self, client: Client) -> Iterator[Wait]:
+    def receive_rest(self, client: Client) -> Iterator[Wait]:
         """Receive the rest of a text, and have it wait for a worker; or refuse it."""
         silent_since = time.monotonic()
         until = silent_since + self.settings.timeout
@@ -1264,7 +1253,7 @@ class Keeper:
                 if 0 < before <= OPEN_SIDE_BYTES:
                     quiet_at = silent_since + (0.1 if client.data.endswith(b"\n") else 1.0)
                 yield IN, min(until, self.end_by, quiet_at), before
-                while piece := receive(client.connection):
+                while piece := receive_some(client.connection):
                     client.data += piece
                     if len(client.data) > self.settings.max_text:
                         raise Failure(f"text longer than {self.settings.max_text} bytes")
@@ -1314,41 +1303,33 @@ class Keeper:
             quiet_at = time.monotonic() + LINGER
             while time.monotonic() < min(until, self.end_by, quiet_at):
                 yield IN, min(until, self.end_by, quiet_at), 0
-                if piece := receive(client.connection):
+                if piece := receive_some(client.connection):
                     quiet_at = time.monotonic() + LINGER
                 elif piece is not None:
                     return
         except OSError as why:
             log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.")
 
-    def advance(self, client: Client) -> None:
-        """Let the client's conversation go on until it waits again, or ends."""
-        if not client.conversation:
-            return  # it has been dropped meanwhile
-        try:
-            wait = next(client.conversation, None)
-        except Exception as why:  # a fault of this program is not the other clients' fault
-            log_traceback("Conversation Failed:", why)
-            wait = None
-        if not wait:
-            self.close(client)
-            return
-        events, client.until, held = wait
-        self.poller.modify(client.connection, events | select.EPOLLONESHOT)
-        client.events = events
-        self.look_at = min(self.look_at, client.until)
-        self.numbers[self.BYTES] += held - client.held
-        client.held = held
-        self.keep_within_bounds()
-
     def advance_late(self) -> None:
-        """Let those go on that have waited too long, several at once: a look takes as long as there are clients."""
+        """Advance the clients whose time is up, several at once, since a look goes through all of them."""
         now = time.monotonic()
         if now >= self.look_at:
             for client in [client for client in self.clients.values() if client.until <= now]:
                 self.advance(client)
             self.keep_within_bounds()
             self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
+
+    def keep_within_bounds(self) -> None:
+        """While they take too much, drop the oldest clients; never the newest, nor for its bytes one that reads."""
+        most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
+        if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
+            return
+        for client in list(self.clients.values())[:-1]:
+            if self.files > self.most_files:
+                self.drop(client, "too many clients")
+            elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
+                self.drop(client, "too many bytes")
+        self.look_at = min(self.look_at, now + 1.0)
 
     def pass_texts_on(self) -> None:
         """Send whole texts to the workers, as many as the channel takes."""
@@ -1365,32 +1346,80 @@ class Keeper:
                 self.drop(client, why.strerror or str(why))
             self.texts.popleft()
 
-    def keep_within_bounds(self) -> None:
-        """Drop the clients held longest while they take too much; not the newest, nor for its bytes one that reads."""
-        most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
-        if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
-            return
-        for client in list(self.clients.values())[:-1]:
-            if self.files > self.most_files:
-                self.drop(client, "too many clients")
-            elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
-                self.drop(client, "too many bytes")
-        self.look_at = min(self.look_at, now + 1.0)
-
     def drop(self, client: Client, why: str) -> None:
         log("-", f"Client: {client.name}; Dropped: {why}.")
         self.close(client)
 
     def close(self, client: Client) -> None:
-        self.poller.unregister(client.connection)  # closing is not enough while a message holds it open
+        self.poller.unregister(client.connection)  # closing is not enough: a message in flight may hold a copy
         self.numbers[self.BYTES] -= client.held
         self.files -= client.descriptors()
         client.conversation = None
         del self.clients[client.connection.fileno()]
         client.close()
 
+    def read_orders(self) -> None:
+        """Take settings and log of the generation that now serves; the end of the orders is the order to stop."""
+        message, files = read_message(self.orders)
+        if message:
+            timeout, max_text, grace = message.split()
+            self.settings = replace(self.settings, timeout=float(timeout), max_text=int(max_text), grace=float(grace))
+            log_to(files[0])
+            os.close(files[0])
+            return
+        self.poller.unregister(self.orders)
+        self.stopped_at = time.monotonic()
+        self.end_by = self.stopped_at + 0.9 * self.settings.grace
+        self.channels.stop_listening()
+        for client in list(self.clients.values()):
+            if client.events:
+                self.advance(client)
+
+    def finished(self) -> bool:
+        """Return whether the service stops and no client is left; tell the workers when no more texts come."""
+        if self.stopped_at == math.inf:
+            return False
+        if time.monotonic() >= self.stopped_at + LAST_CALL and all(client.is_reply for client in self.clients.values()):
+            with suppress(OSError):  # the workers are gone
+                self.to_workers.shutdown(socket.SHUT_WR)
+        return not self.connected and not self.clients
+
 
 # ---- Generation ---------------------------------------------------------------------
+
+
+def load_generation(generation: Generation) -> Life | None:
+    """Import the handler, in a process that the manager has just forked; then be the supervisor of its workers."""
+    begin_process("daemontest-gen", generation.childs_end, generation.log_file)
+    log("*", "Loading configuration.")
+    printed = Printed()
+    atexit.register(write_files)
+    try:
+        handler = load_handler(generation.settings)
+    except Failure as why:
+        printed.end_line()
+        log_traceback("Handler Not Loaded:", why.__cause__ or why)
+        send_message(generation.childs_end, f"failed {why}")
+        os._exit(1)
+    # Undo what the handler's module may have done to this process.
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    reset_signals()
+    handle_signals(do_nothing, {signal.SIGCHLD})
+    printed.end_line()
+
+    send_message(generation.childs_end, "imported")
+    readable(generation.childs_end)
+    _, files = read_message(generation.childs_end)
+    if not files:
+        os._exit(0)  # the manager is gone
+    log_to(generation.log_file)
+    write_files(at_end=False)  # now, and not once more by every worker
+    supervisor = Supervisor(generation, handler, files)
+    # Once it has freed a block of 4 MiB, malloc keeps what long texts took for the next one, instead of giving it back
+    # and having it filled with zeros anew (mallopt(3)): texts of 1 MiB take 0.6 of the processor time.
+    bytes(2**22)
+    gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
+    return supervisor.run()
 
 
 def load_handler(settings: Settings) -> Handler:
@@ -1448,40 +1477,6 @@ def fault_of(handler: Any) -> str:
     return ""
 
 
-def load_generation(generation: Generation) -> Life | None:
-    """Import the handler, in a process that the manager has just forked; then be the supervisor of its workers."""
-    begin_process("daemontest-gen", generation.childs_end, generation.log_file)
-    log("*", "Loading configuration.")
-    printed = Printed()
-    atexit.register(write_files)
-    try:
-        handler = load_handler(generation.settings)
-    except Failure as why:
-        printed.end_line()
-        log_traceback("Handler Not Loaded:", why.__cause__ or why)
-        send_message(generation.childs_end, f"failed {why}")
-        os._exit(1)
-    # Undo what the handler's module may have done to this process.
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    reset_signals()
-    handle_signals(do_nothing, {signal.SIGCHLD})
-    printed.end_line()
-
-    send_message(generation.childs_end, "imported")
-    readable(generation.childs_end)
-    _, files = read_message(generation.childs_end)
-    if not files:
-        os._exit(0)  # the manager is gone
-    log_to(generation.log_file)
-    write_files(at_end=False)  # now, and not once more by every worker
-    supervisor = Supervisor(generation, handler, files)
-    # Once it has freed a block of 4 MiB, malloc keeps what long texts took for the next one, instead of giving it back
-    # and having it filled with zeros anew (mallopt(3)): texts of 1 MiB take 0.6 of the processor time.
-    bytes(2**22)
-    gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
-    return supervisor.run()
-
-
 WRITABLE: list[Any] = []  # files; gc.freeze() hides those of the import from gc.get_objects()
 
 
@@ -1503,7 +1498,7 @@ def write_files(at_end: bool = True) -> None:
 
 
 def disown() -> None:
-    """Let no worker clean up what the import has created, such as temporary directories.  No public way does it."""
+    """Keep a worker from cleaning up what the import created, as temporary directories.  There is no public way."""
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
@@ -1514,7 +1509,7 @@ class Supervisor:
     """A generation's own process, which keeps the number of its workers."""
 
     def __init__(self, generation: Generation, handler: Handler, files: list[int]) -> None:
-        self.record, self.channel = generation, generation.childs_end
+        self.generation, self.channel = generation, generation.childs_end
         self.handler, self.stopping = handler, files.pop()
         self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
         for end, patience in zip(self.sockets, (0.0, PATIENCE, 0.0), strict=True):
@@ -1522,7 +1517,7 @@ class Supervisor:
         self.lifeline = os.pidfd_open(os.getpid())  # by which the workers see that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
-        self.up = False  # once all workers have served
+        self.up = False  # once as many workers as wanted have accepted
         self.drain_by = math.inf
         self.worker: Worker | None = None  # in a worker: what it is
         self.signals = Signals()
@@ -1534,10 +1529,10 @@ class Supervisor:
         while self.children or self.drain_by == math.inf:
             if child := self.spawn_missing():
                 return child
-            if not self.up and len(self.record.slots(SERVING, ENDING)) >= self.record.settings.workers:
+            if not self.up and len(self.generation.slots(ACCEPTING, ENDING)) >= self.generation.settings.workers:
                 self.up = True
                 send_message(self.channel, "up")
-            steady = self.up and self.drain_by == math.inf and not (self.vacant_until or self.record.slots(ENDING))
+            steady = self.up and self.drain_by == math.inf and not (self.vacant_until or self.generation.slots(ENDING))
             self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
             self.read_orders()
             self.reap()
@@ -1547,20 +1542,14 @@ class Supervisor:
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # what the module has left behind may keep it no longer
         return None
 
-    def catch(self, *_: object) -> None:
-        """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
-        if self.worker:
-            self.worker.leaving = True
-            self.worker.slot[STATE] = ENDING
-            self.worker.wake_generation()
-
     def spawn_missing(self) -> Life | None:
         """Fork workers for those that are missing, as far as there is room for them."""
         now = time.monotonic()
         self.vacant_until = [until for until in self.vacant_until if until > now]
-        missing = self.record.settings.workers - len(self.vacant_until) - len(self.record.slots(STARTING, SERVING))
-        for slot in self.record.slots(VACANT)[:max(0, missing) if self.drain_by == math.inf else 0]:
-            slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = STARTING, 0, 0, 0, math.inf
+        there = len(self.vacant_until) + len(self.generation.slots(FORKED, ACCEPTING))
+        missing = self.generation.settings.workers - there if self.drain_by == math.inf else 0
+        for slot in self.generation.slots(VACANT)[:max(0, missing)]:
+            slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = FORKED, 0, 0, 0, math.inf
             try:
                 pid = os.fork()
             except OSError as why:
@@ -1575,10 +1564,10 @@ class Supervisor:
         return None
 
     def read_orders(self) -> None:
-        """Drain when the next generation serves.  The end of the channel is the stop, which the workers see, too."""
+        """Drain when the next generation serves.  The end of the channel is the stop, which workers see themselves."""
         if self.channel == -1 or not readable(self.channel, 0):
             return
-        self.drain_by = min(self.drain_by, time.monotonic() + self.record.settings.grace)
+        self.drain_by = min(self.drain_by, time.monotonic() + self.generation.settings.grace)
         if read_message(self.channel)[0] == "drain":
             for pid in self.children:
                 os.kill(pid, signal.SIGTERM)
@@ -1589,7 +1578,7 @@ class Supervisor:
         self.channel = -1
 
     def reap(self) -> None:
-        """Reap the workers that have exited, and no process that the handler's module waits for."""
+        """Reap exited workers only, no children of the handler's module."""
         for pid, slot in list(self.children.items()):
             ended, status = pid, -1
             with suppress(ChildProcessError):  # the module has reaped it
@@ -1598,24 +1587,31 @@ class Supervisor:
                 del self.children[pid]
                 self.reap_worker(pid, slot, status)
             elif slot[STATE] == ENDING and not slot[CALLED]:
-                slot[END_BY] = min(slot[END_BY], time.monotonic() + self.record.settings.grace)
+                slot[END_BY] = min(slot[END_BY], time.monotonic() + self.generation.settings.grace)
 
     def reap_worker(self, pid: int, slot: memoryview[float], status: int) -> None:
         state, called, slot[STATE] = slot[STATE], slot[CALLED], VACANT
         if state == ENDING and not status:
             return
-        kill_group(pid)  # what its handler has forked would keep clients waiting, and pools wait for ever
+        kill_group(pid)  # what its handler has forked may outlive it; the processes of a pool wait for ever
         cause = "unknown" if status == -1 else cause_of_death(status)
         end = f"Died. ({cause})"
         if cause == "SIGKILL" and time.monotonic() >= min(slot[END_BY], self.drain_by):
             end = "Killed. (still running after the grace)"
         elif cause == "SIGALRM" and called:
-            end = f"Killed. (handler ran longer than {self.record.settings.handler_timeout:g} s)"
+            end = f"Killed. (handler ran longer than {self.generation.settings.handler_timeout:g} s)"
         log("*", f"Child Process {end}", pid=pid)
-        if state in (STARTING, SERVING):
+        if state in (FORKED, ACCEPTING):
             self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
         if not self.up:
-            send_message(self.channel, f"failed cannot start: a worker died ({cause})")
+            send_message(self.channel, f"failed cannot keep workers: one died while it started ({cause})")
+
+    def catch(self, *_: object) -> None:
+        """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
+        if self.worker:
+            self.worker.leaving = True
+            self.worker.slot[STATE] = ENDING
+            self.worker.wake_supervisor()
 
 
 # ---- Worker -------------------------------------------------------------------------
@@ -1629,14 +1625,14 @@ OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 class Worker:
     """The process that calls the handler, for one client at a time, and waits no longer than a moment for any."""
 
-    def __init__(self, generation: Supervisor, slot: memoryview[float]) -> None:
+    def __init__(self, supervisor: Supervisor, slot: memoryview[float]) -> None:
         os.setpgid(0, 0)
-        for file in (generation.channel, generation.signals.reading):
+        for file in (supervisor.channel, supervisor.signals.reading):
             os.close(file)
         name_process("daemontest-work")
-        self.generation, self.settings, self.handler = generation, generation.record.settings, generation.handler
+        self.supervisor, self.settings, self.handler = supervisor, supervisor.generation.settings, supervisor.handler
         self.slot, self.pid = slot, os.getpid()
-        self.listener, self.to_keeper, self.from_keeper = generation.sockets
+        self.listener, self.to_keeper, self.from_keeper = supervisor.sockets
         self.signals = Signals()
         self.requests_left = self.settings.max_requests
         self.leaving = False  # it is to exit
@@ -1647,30 +1643,26 @@ class Worker:
             faulthandler.register(signal.SIGALRM, file=2, chain=True)
             disown()
             os.register_at_fork(after_in_child=self.let_fork_go)
-        generation.worker = self
+        supervisor.worker = self
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-    def wake_generation(self) -> None:
-        with suppress(OSError):  # it is dead, or awake
-            os.write(self.generation.signals.writing, b"\0")
 
     def run(self) -> None:
         log("*", "Child Process Started.")
-        self.slot[PID], self.slot[STATE] = self.pid, SERVING
-        if not self.generation.up:
-            self.wake_generation()
+        self.slot[PID], self.slot[STATE] = self.pid, ACCEPTING
+        if not self.supervisor.up:
+            self.wake_supervisor()
         poller, listener, from_keeper = select.epoll(), self.listener.fileno(), self.from_keeper.fileno()
-        # A client wakes one of the workers that wait (epoll_ctl(2)).  But one that a new client has woken, too, may be
-        # with that for long: so a text from the keeper wakes all of them.
+        # A client wakes one of the workers that wait (epoll_ctl(2)).  That one may be busy with a new client for long;
+        # so a text from the keeper wakes all of them.
         poller.register(listener, IN | select.EPOLLEXCLUSIVE)
         poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
-        for file in (self.signals.reading, self.generation.stopping, self.generation.lifeline):
+        for file in (self.signals.reading, self.supervisor.stopping, self.supervisor.lifeline):
             poller.register(file, IN)
-        # It goes on beyond its number while as many are ending as are to serve, and at a stop until no more texts come.
-        stopping = self.generation.stopping
+        # It goes on beyond its number while as many as are to serve are ending, and at a stop until no more texts come.
+        stopping = self.supervisor.stopping
         while not self.leaving and (self.requests_left > 0 or readable(stopping, 0)
-                                    or len(self.generation.record.slots(ENDING)) >= self.settings.workers):
-            # Do all that this worker was woken for before it looks whether to go on: nobody else may have been woken.
+                                    or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):
+            # Serve all that this worker was woken for before deciding to leave: perhaps nobody else was woken.
             ready = dict(poller.poll(None if self.requests_left > 0 else TICK))
             if stopping in ready:
                 poller.unregister(stopping)
@@ -1682,7 +1674,7 @@ class Worker:
                 self.take_text()
             if self.signals.reading in ready and not self.leaving:
                 self.signals.take()
-            if self.generation.lifeline in ready:
+            if self.supervisor.lifeline in ready:
                 self.leaving = True
         if signal.SIGTERM in self.signals.take():
             log("*", "Caught SIGTERM")
@@ -1690,7 +1682,7 @@ class Worker:
         log("*", f"Child Process Ended. ({max(0, self.requests_left)})")
         if self.handler is text_length:
             os._exit(0)  # nothing is to be finished
-        self.wake_generation()
+        self.wake_supervisor()
 
     def accept_client(self) -> None:
         """Serve the next new client."""
@@ -1704,12 +1696,12 @@ class Worker:
                 log("*", f"Cannot Accept: {why.strerror}")
                 sys.exit()  # but not as ENDING, so the next one comes after a delay
             return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
-        self.serve(Client(connection_of(descriptor), address[0].removeprefix("::ffff:")), self.receive)
+        self.serve(Client(connection_of(descriptor), address[0].removeprefix("::ffff:")), self.receive_text)
 
     def take_text(self) -> None:
         """Take a client whose text is whole from the keeper, and answer it."""
         try:
-            client = Client.receive(self.from_keeper)
+            client = Client.from_channel(self.from_keeper)
         except BlockingIOError:
             return
         except OSError as why:  # no descriptor is left for it
@@ -1749,16 +1741,16 @@ class Worker:
             self.deliver(client)
         except OSError as why:
             log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.", pid=self.pid)
-        client.close()  # sends what was held back, in one packet with the end
+        client.close()  # sends what was held back, in one packet with the FIN
         if started:
             log("-", "Client Query Processing Ended.", pid=self.pid)
 
-    def receive(self, client: Client) -> bytes | None:
+    def receive_text(self, client: Client) -> bytes | None:
         """Return a whole text; or None, and the keeper is to see to the rest."""
         pieces: list[bytes] = []
         size, waited, piece = 0, False, None
         try:
-            while (piece := receive(client.connection)) != b"":
+            while (piece := receive_some(client.connection)) != b"":
                 if piece:
                     pieces.append(piece)
                     size += len(piece)
@@ -1785,15 +1777,6 @@ class Worker:
             if len(text) > LOGGED and shown:
                 log("-", f"Logged {LOGGED} of {len(text)} Characters.")
 
-    def deliver(self, client: Client) -> None:
-        """Send the reply.  A client that makes us wait, or has not half-closed, goes to the keeper.  Raise OSError."""
-        sent = 0
-        with suppress(BlockingIOError):  # MSG_MORE sends the end of the reply and FIN in one packet
-            sent = client.connection.send(client.data, socket.MSG_MORE if client.half_closed else 0)
-        if sent < len(client.data) or not client.half_closed:
-            client.data = memoryview(client.data)[sent:]
-            client.send(self.to_keeper)
-
     def handle(self, text: str) -> bytes:
         """Return the handler's reply, as it is sent.  Raise Failure, whatever the handler raises."""
         if self.handler is text_length:  # which cannot hang, print or fork
@@ -1816,6 +1799,19 @@ class Worker:
                 os._exit(0)  # a fork of the handler's, which is not to serve
             self.slot[CALLED] = 0
             signal.set_wakeup_fd(self.signals.writing, warn_on_full_buffer=False)  # a library may have taken it
+
+    def deliver(self, client: Client) -> None:
+        """Send the reply.  A client that makes us wait, or has not half-closed, goes to the keeper.  Raise OSError."""
+        sent = 0
+        with suppress(BlockingIOError):  # MSG_MORE sends the end of the reply and FIN in one packet
+            sent = client.connection.send(client.data, socket.MSG_MORE if client.half_closed else 0)
+        if sent < len(client.data) or not client.half_closed:
+            client.data = memoryview(client.data)[sent:]
+            client.send(self.to_keeper)
+
+    def wake_supervisor(self) -> None:
+        with suppress(OSError):  # it is dead, or awake
+            os.write(self.supervisor.signals.writing, b"\0")
 
     def let_fork_go(self) -> None:
         """In a process that the handler has forked: it must not hold clients or the port, and dies of SIGTERM."""
