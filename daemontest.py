@@ -135,7 +135,9 @@ def printable(text: str, kept: str = "\u3000") -> str:
 
 def log_traceback(message: str, why: BaseException) -> None:
     """Log the traceback of WHY, cut in the middle if it is long: it may hold a client's text."""
-    text = "".join(traceback.format_exception(why))
+    text = f"{type(why).__name__}, which cannot be printed"
+    with suppress(BaseException):  # the handler's own exception may fail to say what it is
+        text = "".join(traceback.format_exception(why))
     if len(text) > TRACED:
         text = f"{text[:TRACED // 2]}\n...\n{text[-TRACED // 2:]}"
     log("*", printable(message), text=text)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import CLIENT, DAEMON, DEADLINE, POEM, ROOT, Service
+from conftest import CLIENT, DAEMON, DEADLINE, POEM, ROOT, Service, wait_until
 from readme import TEXT, block, blocks, program
 
 OWN = (".venv/bin/daemontest.py", ".venv/bin/testclient.py")
@@ -55,6 +55,7 @@ class Sandbox:
     def close(self) -> None:
         self.shell.kill()  # and so all in it
         self.shell.communicate()
+        wait_until(lambda: not self.service.processes(), "all in it to go")
 
     def run(self, command: str) -> tuple[int, str]:
         """The exit status of a COMMAND, and what it says."""
