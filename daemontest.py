@@ -106,10 +106,7 @@ def log_to(file: int) -> None:
 
 
 def log(mark: str, *messages: str, pid: int = 0, text: str = "") -> None:
-    """Write a record for each of MESSAGES, which must be printable, and TEXT indented below, all at once.
-
-    MARK is * for the life of processes, - for requests.
-    """
+    """Write a record for each of MESSAGES, all printable, and TEXT below.  MARK is * for processes, - for requests."""
     second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
     begin = f"{timestamp(second) % millisecond} {mark} {pid or os.getpid()} "
     write_lines(begin + f"\n{begin}".join(messages) + "\n" + indented(text))
@@ -181,10 +178,7 @@ class Printed(io.FileIO):
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
-    """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)), exclusively.
-
-    So a leftover file is never in the way.  Commands that only ask take the lock shared, for a moment.
-    """
+    """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)); others share it."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -239,12 +233,12 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def ask_for_reload(self) -> int:
         """Have the manager reload, and wait until that is over; return its PID.  Raise Failure."""
-        pid, process = self.signal_manager(0)
+        pid, process = self.find_manager()
         with failing_to(f"read {self.path}.reloads"):
             line = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
             begun = int(os.pread(line, 8192, 0).partition(b" ")[0] or 0)
         self.signal_manager(signal.SIGHUP)
-        while not readable(process, 0.01):
+        while not readable(0.01, process):
             found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(line, 8192, 0))
             if found and int(found[1]) > begun:
                 if found[2] == b"ok":
@@ -252,23 +246,20 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 raise Failure(f"nothing changed: {found[2].decode()}")
         raise Failure("nothing changed: the service has stopped")
 
-    def signal_manager(self, signum: int, exit_status: int = 1) -> tuple[int, int]:
-        """Signal the manager, with 0 only see that there is one; return its PID and a pidfd.  Raise Failure."""
-        manager = self.find_manager()
-        if manager is None:
-            raise Failure(f"not running (PID file {self.path})", exit_status)
+    def signal_manager(self, signum: int) -> tuple[int, int]:
+        """Signal the manager; return its PID and a pidfd.  Raise Failure."""
+        pid, process = self.find_manager()
         with failing_to("signal the manager"), suppress(ProcessLookupError):  # it has just ended
-            if signum:  # which everybody may ask for
-                signal.pidfd_send_signal(manager[1], signum)
-        return manager
+            signal.pidfd_send_signal(process, signum)
+        return pid, process
 
-    def find_manager(self) -> tuple[int, int] | None:
-        """Return the PID of the living manager and a pidfd, or None; wait for one that is starting.  Raise Failure."""
+    def find_manager(self, exit_status: int = 1) -> tuple[int, int]:
+        """Return the PID of the living manager and a pidfd; wait for one that is starting.  Raise Failure."""
         with failing_to(f"read PID file {self.path}"), suppress(FileNotFoundError):
             for _ in retries():
                 with open(self.open_for(os.O_RDONLY), "rb", buffering=0) as file:
                     if take_lock(file.fileno(), fcntl.LOCK_SH):
-                        return None
+                        break
                     content = file.read(20)
                     if not re.fullmatch(rb"[1-9]\d{0,8}\n", content):
                         continue
@@ -281,7 +272,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                                 raise OSError(f"process {pid} does not belong to its owner")
                         if not take_lock(file.fileno(), fcntl.LOCK_SH) and os.pread(file.fileno(), 20, 0) == content:
                             return pid, process  # otherwise the number may mean another process by now
-        return None
+        raise Failure(f"not running (PID file {self.path})", exit_status)
 
     def open_for(self, flags: int, path: str = "") -> int:
         """Open the file, which must be a regular file and no symbolic link; return a descriptor.  Raise OSError."""
@@ -340,7 +331,7 @@ class Signals:
 
     def wait(self, seconds: float | None, *files: int) -> list[int]:
         """Wait for a signal, or for something to read from FILES, at most SECONDS; return the signals, in order."""
-        wait_for(select.POLLIN, seconds, self.reading, *files)
+        readable(seconds, self.reading, *files)
         return self.take()
 
     def take(self) -> list[int]:
@@ -394,16 +385,12 @@ def cause_of_death(status: int) -> str:
     return f"signal {-code}"
 
 
-def wait_for(event: int, seconds: float | None, *files: int) -> bool:
-    """Wait for an EVENT of poll(2), or the end, of any of FILES; return whether it came within SECONDS."""
+def readable(seconds: float | None, *files: int) -> bool:
+    """Wait for something to read from any of FILES, or its end; return whether that came within SECONDS."""
     poller = select.poll()  # select(2) takes no descriptor above 1023
     for file in files:
-        poller.register(file, event)
+        poller.register(file, select.POLLIN)
     return bool(poller.poll(None if seconds is None else math.ceil(seconds * 1000)))
-
-
-def readable(file: int, seconds: float | None = None) -> bool:
-    return wait_for(select.POLLIN, seconds, file)
 
 
 # ---- Settings -----------------------------------------------------------------------
@@ -525,8 +512,7 @@ def parse_command_line() -> Life:
         actions.add_argument(*names, dest="action", action="store_const", const=action, default=background,
                              help=action.__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("-c", "--config", metavar="FILE",
-                        help="configuration (default: ~/daemontest.toml, if it exists)")
+    parser.add_argument("-c", "--config", metavar="FILE", help="configuration (default: ~/daemontest.toml, if there)")
     group = parser.add_argument_group("settings")
     for name, each in OPTIONS.items():
         group.add_argument(*each.metadata["short"], f"--{name.replace('_', '-')}", type=type(each.default),
@@ -553,13 +539,13 @@ def say(outcome: str) -> None:
 
 def status(read: Read) -> None:
     """print the process ID of the running service, or exit with 3"""
-    say(str(PidFile(read().pid_file).signal_manager(0, exit_status=3)[0]))
+    say(str(PidFile(read().pid_file).find_manager(exit_status=3)[0]))
 
 
 def terminate(read: Read) -> None:
     """stop the service gracefully; return when all its processes are gone"""
     pid, process = PidFile(read().pid_file).signal_manager(signal.SIGTERM)
-    readable(process)
+    readable(None, process)
     say(f"{PROGRAM} {pid} Server terminated.")
 
 
@@ -585,9 +571,6 @@ def check(read: Read) -> None:
 
 # ---- Start --------------------------------------------------------------------------
 
-UMASK = 0o027
-
-
 def background(read: Read) -> Life | None:
     """start detached; return when the service answers"""
     return start(read, detach=True)
@@ -601,7 +584,7 @@ def foreground(read: Read) -> Life | None:
 def start(read: Read, detach: bool) -> Life | None:
     """Check, claim, listen, detach; return the life of the manager, or launcher.  Raise Failure, and leave nothing."""
     settings = read()
-    os.umask(UMASK)
+    os.umask(0o027)
     signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)  # until the manager is ready for them
     pid_file = PidFile(settings.pid_file)
     pid_file.claim()
@@ -622,7 +605,7 @@ def start(read: Read, detach: bool) -> Life | None:
             managers_end.close()
         with failing_to("become a daemon"):
             context = DaemonContext(
-                detach_process=detach, umask=UMASK, pidfile=pid_file, signal_map={},
+                detach_process=detach, umask=0o027, pidfile=pid_file, signal_map={},
                 files_preserve=[terminal, log_file, pid_file.lock, *channels.all])
             context.open()
         atexit.unregister(context.close)  # which would remove the PID file at the end of any child
@@ -764,10 +747,8 @@ class Child:
 
     def __init__(self, numbers: int) -> None:
         self.numbers = memoryview(mmap.mmap(-1, 8 * numbers)).cast("d")  # in memory that it shares with the child
-        self.pid = 0
-        self.forked_at = -math.inf
-        self.kill_at = math.inf
-        self.channel = self.childs_end = -1
+        self.pid, self.channel, self.childs_end = 0, -1, -1
+        self.forked_at, self.kill_at = -math.inf, math.inf
         self.files: list[int] = []  # that the manager closes; the end of the channel is the order to stop
 
     def fork(self) -> bool:
@@ -853,9 +834,9 @@ class Manager:
             self.announce()
             if life := self.fork_missing():
                 return life
-            talking = [generation.channel for generation in self.in_state(State.LOADING)]
             signals = self.signals.wait(None if self.phase is Phase.SERVING and self.keeper.pid else TICK,
-                                        *talking, *([self.terminal] if self.has_launcher else []))
+                                        *(generation.channel for generation in self.in_state(State.LOADING)),
+                                        *([self.terminal] if self.has_launcher else []))
             self.read_messages()
             self.reap()
             for child in (self.keeper, *self.generations):
@@ -887,8 +868,7 @@ class Manager:
             return
         serving, workers = self.generations[0], self.settings.workers
         since = time.strftime("since %T", time.localtime(serving.since))
-        self.notify(f"{workers} workers, generation {serving.number} {since}",
-                    f"READY=1\nMAINPID={os.getpid()}\n")
+        self.notify(f"{workers} workers, generation {serving.number} {since}", f"READY=1\nMAINPID={os.getpid()}\n")
         if self.pid_file.reload_is_pending() and not self.reload_wanted:
             self.pid_file.tell_reload("ok")
         if self.has_launcher:
@@ -938,7 +918,7 @@ class Manager:
         return replace(new, **fixed)
 
     def read_messages(self) -> None:
-        if self.has_launcher and readable(self.terminal, 0):
+        if self.has_launcher and readable(0, self.terminal):
             self.stop("interrupted")
         for generation in self.in_state(State.LOADING):
             message, _, why = read_message(generation.channel)[0].partition(" ")
@@ -1079,10 +1059,11 @@ HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client
 class Client:
     """A client, wherever it is: its connection, and what it has sent so far or has not yet taken of its reply."""
 
-    def __init__(self, connection: socket.SocketType, name: str, half_closed: bool = False, is_reply: bool = False,
+    def __init__(self, descriptor: int, name: str, half_closed: bool = False, is_reply: bool = False,
                  data: Any = b"", memfd: int = -1) -> None:
-        self.connection, self.name, self.half_closed = connection, name, half_closed
-        self.is_reply, self.data, self.memfd = is_reply, data, memfd
+        self.connection = socket.SocketType(*CONNECTION, descriptor)
+        self.connection.setblocking(False)  # whatever default the handler's module has set
+        self.name, self.half_closed, self.is_reply, self.data, self.memfd = name, half_closed, is_reply, data, memfd
         # The keeper's: its conversation, what that waits for, until when, the bytes that it holds meanwhile; and until
         # when it is not dropped, since it reads its reply.
         self.conversation: Iterator[Wait] | None = None
@@ -1111,7 +1092,7 @@ class Client:
             return None
         is_reply, half_closed, length = HEADER.unpack_from(message)
         name, data = message[HEADER.size:HEADER.size + length].decode(), message[HEADER.size + length:]
-        return Client(connection_of(files[0]), name, half_closed, is_reply, data, *files[1:])
+        return Client(files[0], name, half_closed, is_reply, data, *files[1:])
 
     def take_data(self) -> bytes:
         """Return the data and let go of it.  Raise MemoryError."""
@@ -1126,13 +1107,6 @@ class Client:
         if self.memfd != -1:
             os.close(self.memfd)
         self.connection.close()
-
-
-def connection_of(descriptor: int) -> socket.SocketType:
-    """Return the connection that a DESCRIPTOR is, non-blocking, whatever default the handler's module has set."""
-    connection = socket.SocketType(*CONNECTION, descriptor)
-    connection.setblocking(False)
-    return connection
 
 
 def receive_some(connection: socket.SocketType) -> bytes | None:
@@ -1283,10 +1257,7 @@ class Keeper:
         yield 0, math.inf, len(client.data)
 
     def deliver(self, client: Client) -> Iterator[Wait]:
-        """Send a reply, as fast as the client reads it.  Then, if it keeps its side open, wait for the end of that.
-
-        To close with data unread resets the connection (RFC 2525, 2.17), and can destroy the reply in flight.
-        """
+        """Send a reply, as fast as the client reads it.  Then, if it keeps its side open, wait for the end of that."""
         until, sent = time.monotonic() + self.settings.timeout, 0
         size = len(client.data) if client.memfd == -1 else os.fstat(client.memfd).st_size
         try:
@@ -1301,6 +1272,7 @@ class Keeper:
                         raise TimeoutError("timed out") from None
             if client.half_closed:
                 return
+            # To close with data unread resets the connection (RFC 2525, 2.17), and can destroy the reply in flight.
             client.connection.shutdown(socket.SHUT_WR)
             quiet_at = time.monotonic() + LINGER
             while time.monotonic() < min(until, self.end_by, quiet_at):
@@ -1410,7 +1382,7 @@ def load_generation(generation: Generation) -> Life | None:
     printed.end_line()
 
     send_message(generation.childs_end, "imported")
-    readable(generation.childs_end)
+    readable(None, generation.childs_end)
     _, files = read_message(generation.childs_end)
     if not files:
         os._exit(0)  # the manager is gone
@@ -1567,7 +1539,7 @@ class Supervisor:
 
     def read_orders(self) -> None:
         """Drain when the next generation serves.  The end of the channel is the stop, which workers see themselves."""
-        if self.channel == -1 or not readable(self.channel, 0):
+        if self.channel == -1 or not readable(0, self.channel):
             return
         self.drain_by = min(self.drain_by, time.monotonic() + self.generation.settings.grace)
         if read_message(self.channel)[0] == "drain":
@@ -1662,7 +1634,7 @@ class Worker:
             poller.register(file, IN)
         # It goes on beyond its number while as many as are to serve are ending, and at a stop until no more texts come.
         stopping = self.supervisor.stopping
-        while not self.leaving and (self.requests_left > 0 or readable(stopping, 0)
+        while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):
             # Serve all that this worker was woken for before deciding to leave: perhaps nobody else was woken.
             ready = dict(poller.poll(None if self.requests_left > 0 else TICK))
@@ -1698,7 +1670,7 @@ class Worker:
                 log("*", f"Cannot Accept: {why.strerror}")
                 sys.exit()  # but not as ENDING, so the next one comes after a delay
             return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
-        self.serve(Client(connection_of(descriptor), address[0].removeprefix("::ffff:")), self.receive_text)
+        self.serve(Client(descriptor, address[0].removeprefix("::ffff:")), self.receive_text)
 
     def take_text(self) -> None:
         """Take a client whose text is whole from the keeper, and answer it."""
@@ -1760,7 +1732,7 @@ class Worker:
                         raise Failure(f"text longer than {self.settings.max_text} bytes")
                 elif pieces and not waited and time.monotonic() >= self.impatient_until:
                     waited = True
-                    if not wait_for(select.POLLIN, A_MOMENT, client.connection.fileno()):
+                    if not readable(A_MOMENT, client.connection.fileno()):
                         self.impatient_until = time.monotonic() + IMPATIENCE
                 else:
                     break
