@@ -78,8 +78,6 @@ def test_slow_text_counts_for_the_worker_that_answers_it(service: Service) -> No
     assert [len(list(replies)) for _, replies in groupby(served)] == [3, 3, 3]
 
 
-# ---- Ends that take time --------------------------------------------------------------
-
 SLOW_END = """
 import atexit, os, time
 

@@ -65,8 +65,6 @@ def hand_over(service: Service, *sockets: socket.socket, arguments: tuple[str, .
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-# ---- Notification -----------------------------------------------------------------------
-
 def test_it_tells_when_it_answers_when_it_reloads_and_when_it_stops(service: Service) -> None:
     service.expected += ["Reload Failed: "]
     service.write_handler(saying("old"))
@@ -131,8 +129,6 @@ def test_it_logs_that_nobody_listens_and_serves(service: Service) -> None:
     assert service.records("Cannot Notify: No such file or directory$")
     assert service.ask("x").endswith(" your text size: 1\n")
 
-
-# ---- The listening socket -----------------------------------------------------------------
 
 def listener(port: int = 0) -> socket.socket:
     return socket.create_server(("127.0.0.1", port), backlog=socket.SOMAXCONN)

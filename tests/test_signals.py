@@ -56,8 +56,6 @@ def test_meaningless_signals_change_nothing(service: Service) -> None:
     assert not service.records("Caught|Status")
 
 
-# ---- TERM to a worker -----------------------------------------------------------------
-
 def test_worker_told_to_leave_is_replaced_at_once(service: Service) -> None:
     service.start("-w", "2")
     waits: list[float] = []
@@ -104,8 +102,6 @@ def test_term_counts_that_comes_before_a_worker_is_set_up(service: Service) -> N
             os.kill(worker, SIGTERM)
     wait_until(lambda: service.workers().isdisjoint(told) and len(service.workers()) == 1, "one worker more")
 
-
-# ---- In a row -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("signals", [[SIGHUP, SIGTERM], [SIGTERM, SIGTERM], [SIGHUP, SIGTERM, SIGHUP]],
                          ids=lambda signals: "+".join(signum.name[3:] for signum in signals))
@@ -169,8 +165,6 @@ def test_storm_of_signals_under_load_loses_no_request(service: Service) -> None:
     wait_until(lambda: len(everybody(service)) == len(service.processes()) == 8, "five workers, and no others")
     assert not service.records("Child Process (Died|Killed)|Generation (Died|Failed)")
 
-
-# ---- USR1: the status -----------------------------------------------------------------
 
 def ask_status(service: Service, expected: str) -> re.Match[str]:
     """Send USR1 until the manager tells a status in which EXPECTED, a pattern, is found; return what was found."""

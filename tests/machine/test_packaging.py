@@ -100,8 +100,6 @@ def test_wheel_holds_the_two_modules_and_nothing_else(built: Path) -> None:
             "_daemontest.py", "_testclient.py"]
 
 
-# ---- The single files ---------------------------------------------------------------------
-
 @pytest.mark.parametrize(("script", "dependencies"), [
     (DAEMON, PROJECT["project"]["dependencies"]), (CLIENT, [])], ids=["daemontest.py", "testclient.py"])
 def test_script_names_what_it_needs_as_the_project_does(script: Path, dependencies: list[str]) -> None:

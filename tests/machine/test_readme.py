@@ -122,8 +122,6 @@ def test_example_of_a_log_is_that_of_the_session(sandbox: Sandbox, service: Serv
     assert masked(service.log) == masked((ROOT / "logs.example").read_text())
 
 
-# ---- Clients, handlers, tables ------------------------------------------------------------
-
 def test_client_in_python_prints_a_reply(sandbox: Sandbox) -> None:
     sandbox.do(OWN[0])
     (sandbox.clone / "client.py").write_text(block("import socket"))

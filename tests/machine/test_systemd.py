@@ -66,8 +66,6 @@ def start(machine: Machine) -> int:
     return int(machine.show("daemontest", "MainPID"))
 
 
-# ---- Start and stop -----------------------------------------------------------------------
-
 def test_it_starts_and_stops_as_shown_and_says_what_it_does(unit: Machine, clients: Service) -> None:
     for command in block("systemctl enable --now daemontest").strip().split("\n"):
         unit.do(command)
@@ -94,8 +92,6 @@ def test_killed_manager_is_started_anew(unit: Machine, clients: Service) -> None
                     and unit.show("daemontest", "ActiveState") == "active", "the restart")
     assert unit.inside(clients.ask, "x").endswith(SERVES)
 
-
-# ---- Reload -------------------------------------------------------------------------------
 
 def test_reload_returns_when_only_the_new_code_answers(unit: Machine, clients: Service) -> None:
     use_handler(unit, "def handle(text):\n    return 'first'\n")
@@ -127,8 +123,6 @@ def test_reload_that_changes_nothing_fails_and_says_why(
     assert unit.inside(clients.ask, "x").endswith(" good\n")
 
 
-# ---- What the unit lets it do -------------------------------------------------------------
-
 def test_unit_is_hardened(unit: Machine) -> None:
     told = unit.do("systemd-analyze security --no-pager daemontest")
     level = re.search(r"Overall exposure level for daemontest.service: ([\d.]+)", told)
@@ -152,8 +146,6 @@ def test_log_file_is_rotated_as_shown(unit: Machine, clients: Service) -> None:
     assert [re.findall(r"    (first|second|third)\n", log) for log in logs] == [["first"], ["second"], ["third"]]
     assert unit.do("stat -c '%U %a' /var/log/daemontest/log") == "daemontest 640\n"
 
-
-# ---- The socket ---------------------------------------------------------------------------
 
 def use_socket(machine: Machine) -> None:
     """What README says to do while the service runs."""
