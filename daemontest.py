@@ -969,9 +969,8 @@ class Manager:
                     self.reap_generation(generation, ended[1])
 
     def reap_keeper(self, status: int) -> None:
-        keeper = self.keeper
+        keeper, late = self.keeper, time.monotonic() >= self.keeper.kill_at
         if status or self.phase is not Phase.STOPPING:
-            late = time.monotonic() >= keeper.kill_at
             end = "Killed. (still running after the grace" if late else f"Died. ({cause_of_death(status)}"
             log("*", f"Keeper Process {end}; {keeper.numbers[Keeper.CLIENTS]:.0f} clients lost)", pid=keeper.pid)
         keeper.close()
@@ -990,8 +989,10 @@ class Manager:
             log("*", f"Generation Died. ({cause})", pid=generation.pid)
             self.notify(f"generation {generation.number} died: {cause}")
             self.phase, self.not_before = Phase.CHANGING, time.monotonic() + RESPAWN_DELAY
-        elif time.monotonic() >= generation.kill_at:
-            log("*", "Generation Killed. (still running after the grace)", pid=generation.pid)
+        elif status and generation.since:
+            in_time = time.monotonic() < generation.kill_at
+            end = f"Died. ({cause})" if in_time else "Killed. (still running after the grace)"
+            log("*", f"Generation {end}", pid=generation.pid)
 
     def stop(self, failure: str = "") -> None:
         """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
