@@ -814,8 +814,7 @@ class Manager:
         self.keeper = Child(2)
         self.generations: list[Generation] = []  # two at the most
         self.born = 0  # generations so far
-        self.phase = Phase.STARTING
-        self.reload_wanted = False
+        self.phase, self.reload_wanted = Phase.STARTING, False
         self.not_before = 0.0  # when a generation may be forked in the place of one that died
         self.failure = ""  # why the service could not start
 
