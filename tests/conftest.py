@@ -158,10 +158,10 @@ class Service:
                 found.update(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
         return {*filter(alive, found)}
 
-    def named(self, name: str, manager: int | None = None) -> set[int]:
-        """The manager's living children whose name in ps is NAME."""
+    def named(self, name: str, parent: int | None = None) -> set[int]:
+        """The living children of PARENT, the manager unless it is given, whose name in ps is NAME."""
         found = set()
-        for child in self.children(manager or self.manager()):
+        for child in self.children(parent or self.manager()):
             with suppress(OSError):  # it has gone
                 if Path(f"/proc/{child}/comm").read_text() == f"{name}\n":
                     found.add(child)
@@ -185,7 +185,7 @@ class Service:
 
     def workers(self, manager: int | None = None) -> set[int]:
         """The living workers of all generations."""
-        return set().union(*map(self.children, self.generations(manager)))
+        return set().union(*(self.named("daemontest-work", each) for each in self.generations(manager)))
 
     def wait_for_new_workers(self, old: set[int]) -> set[int]:
         """Wait until as many workers have taken the place of OLD; the new ones."""
