@@ -54,7 +54,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 PROGRAM = "daemontest.py"
 __version__ = "3.0.0"
@@ -93,10 +93,10 @@ def failing_to(act: str) -> Iterator[None]:
 LOGGED, TRACED = 2000, 4000  # characters of a client's text, and of a traceback
 
 
-def open_log(name: str) -> int:
+def open_log(name: str, stderr: int = 2) -> int:
     """Open the log, which its owner and group alone can read; return its descriptor.  Raise Failure."""
     with failing_to(f"open log file {name}"):
-        return os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640) if name else os.dup(2)
+        return os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640) if name else os.dup(stderr)
 
 
 def log_to(file: int) -> None:
@@ -178,7 +178,7 @@ class Printed(io.FileIO):
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
-    """A PID file with a lock: the service runs if and only if the manager holds it (flock(2)); others share it."""
+    """A PID file whose lock (flock(2)) the manager holds exclusively while the service runs; others only try it."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -204,11 +204,11 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 os.close(file)
 
     def acquire(self, timeout: float | None = None) -> None:
-        """Write the PID of this process, DaemonContext's last.  The lock was claimed before it forked."""
-        os.write(self.lock, b"%d\n" % os.getpid())
+        """Write the PID of this process, the last that DaemonContext forked.  The lock was claimed before."""
         with suppress(FileNotFoundError):
             os.unlink(f"{self.path}.reloads")
         self.line = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
+        os.write(self.lock, b"%d\n" % os.getpid())
 
     def tell_reload(self, outcome: str = "") -> None:
         """Tell those who wait that one more reload has begun; or, with an OUTCOME, how the last one has ended."""
@@ -265,7 +265,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     with suppress(ProcessLookupError):  # it has just ended
                         pid, owner = int(content), os.fstat(file.fileno()).st_uid
                         process = os.pidfd_open(pid)
-                        # Somebody else may have locked a leftover file.  If /proc is hidden, only ours gets signals.
+                        # A stranger may have locked a leftover file.  If /proc is hidden, we can signal only ours.
                         with suppress(FileNotFoundError):
                             if os.stat(f"/proc/{pid}").st_uid != owner:
                                 raise OSError(f"process {pid} does not belong to its owner")
@@ -318,7 +318,7 @@ Life = Callable[[], Any]  # what a process does next; it returns what comes afte
 
 
 def do_nothing(*_: object) -> None:
-    """Do nothing.  A handler's commands begin with the default for caught signals, unlike ignored ones (execve(2))."""
+    """Do nothing.  Unlike SIG_IGN, it is not inherited by the commands that a handler runs (execve(2))."""
 
 
 class Signals:
@@ -478,7 +478,7 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 
 
 def main() -> None:
-    """Do what the command line says.  Forks return the child's life to here: no child runs on its parent's stack."""
+    """Do what the command line says.  A forked child returns its life to here, to leave its parent's stack."""
     # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
     while os.open(os.devnull, os.O_RDWR) < 2:
         pass
@@ -695,7 +695,7 @@ def seqpacket_pair() -> tuple[int, int]:
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
         end.setblocking(False)
-        # The descriptors in flight stay below the limit that a user has at the least, 256 (unix(7), ETOOMANYREFS).
+        # So small that fewer than 256 descriptors, the least a user may have, are in flight (unix(7), ETOOMANYREFS).
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
     return ends[0].detach(), ends[1].detach()
 
@@ -735,7 +735,7 @@ Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a gener
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
 
 # What a slot of the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at
-# END_BY it is killed.  SLOT numbers fill a line of the processor's cache, so that no two processes write to the same.
+# END_BY it is killed.  A slot of SLOT numbers fills one cache line, so that no two processes write to the same.
 STATE, PID, CALLED, SERVED, END_BY = range(5)
 SLOT = 8
 VACANT, FORKED, ACCEPTING, ENDING = range(4)  # its STATE: while ENDING it finishes its handler, and exit functions
@@ -748,7 +748,7 @@ class Child:
         self.numbers = memoryview(mmap.mmap(-1, 8 * numbers)).cast("d")  # in memory that it shares with the child
         self.pid, self.channel, self.childs_end = 0, -1, -1
         self.forked_at, self.kill_at = -math.inf, math.inf
-        self.files: list[int] = []  # that the manager closes; the end of the channel is the order to stop
+        self.files: list[int] = []  # the manager's; closing the channel tells the child to stop
 
     def fork(self) -> bool:
         """Fork it; return whether this is the child.  Raise Failure."""
@@ -777,11 +777,11 @@ class Child:
 
 
 class Generation(Child):
-    def __init__(self, number: int, settings: Settings) -> None:
+    def __init__(self, number: int, settings: Settings, terminal: int) -> None:
         super().__init__(SLOT * 2 * settings.workers)  # for those that serve and those that end
         self.board = [self.numbers[start:start + SLOT] for start in range(0, len(self.numbers), SLOT)]
         self.number, self.settings = number, settings
-        self.log_file = open_log(settings.log_file)  # anew, so that logrotate works
+        self.log_file = open_log(settings.log_file, terminal)  # anew, so that logrotate works
         self.files.append(self.log_file)
         self.state = State.LOADING
         self.since = 0.0  # when its workers were up (time.time())
@@ -813,8 +813,7 @@ class Manager:
         self.signals = Signals()
         self.keeper = Child(2)
         self.generations: list[Generation] = []  # two at the most
-        self.born = 0  # generations so far
-        self.phase, self.reload_wanted = Phase.STARTING, False
+        self.phase, self.reload_wanted, self.born = Phase.STARTING, False, 0  # generations so far
         self.not_before = 0.0  # when a generation may be forked in the place of one that died
         self.failure = ""  # why the service could not start
 
@@ -893,7 +892,7 @@ class Manager:
                 settings = self.begin_reload() if self.reload_wanted else self.settings
                 log("*", f"Manager Process ID: {os.getpid()}")
                 self.born += 1
-                generation = Generation(self.born, settings)
+                generation = Generation(self.born, settings, self.terminal)
                 if generation.fork():
                     return lambda: load_generation(generation)
                 self.generations.append(generation)
@@ -988,10 +987,8 @@ class Manager:
             log("*", f"Generation Died. ({cause})", pid=generation.pid)
             self.notify(f"generation {generation.number} died: {cause}")
             self.phase, self.not_before = Phase.CHANGING, time.monotonic() + RESPAWN_DELAY
-        elif status and generation.since:
-            in_time = time.monotonic() < generation.kill_at
-            end = f"Died. ({cause})" if in_time else "Killed. (still running after the grace)"
-            log("*", f"Generation {end}", pid=generation.pid)
+        elif time.monotonic() >= generation.kill_at:
+            log("*", "Generation Killed. (still running after the grace)", pid=generation.pid)
 
     def stop(self, failure: str = "") -> None:
         """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
@@ -1064,8 +1061,8 @@ class Client:
         self.connection.setblocking(False)  # whatever default the handler's module has set
         self.name, self.half_closed, self.is_reply, self.data, self.memfd = name, half_closed, is_reply, data, memfd
         self.files = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
-        # The keeper's: its conversation, what that waits for, until when, the bytes that it holds meanwhile; and until
-        # when it is not dropped, since it reads its reply.
+        # In the keeper only: its conversation; events, time and bytes of that one's last Wait; and until when it counts
+        # as reading its reply, and so is not dropped for its bytes.
         self.conversation: Iterator[Wait] | None = None
         self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
 
@@ -1133,7 +1130,7 @@ class Keeper:
     """The process that keeps every client which would make a worker wait, and passes whole texts to the workers.
 
     A conversation is a generator that yields what it waits for.  At a stop, once no text can become whole any more, the
-    keeper shuts down its channel to the workers; they leave, and the end of theirs says that no more replies come.
+    keeper shuts down its channel to the workers; they leave, and the end of from_workers says that no replies come.
     """
 
     CLIENTS, BYTES = range(2)  # numbers that it shares with the manager
@@ -1149,9 +1146,8 @@ class Keeper:
         self.poller = select.epoll()
         self.clients: dict[int, Client] = {}  # by descriptor, those held longest first
         self.texts: deque[Client] = deque()  # whole ones that wait for a worker
-        self.look_at = math.inf  # when some client may be late
-        self.stopped_at = math.inf
-        self.end_by = math.inf  # for clients at a stop: before the workers are killed, who wait for us
+        self.look_at = self.stopped_at = math.inf  # when some client may be late; when the stop began
+        self.end_by = math.inf  # when clients are cut off at a stop, before workers that wait for us are killed
         self.connected = True  # whether there are workers
 
     def run(self) -> None:
@@ -1281,7 +1277,7 @@ class Keeper:
             log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.")
 
     def advance_late(self) -> None:
-        """Advance the clients whose time is up, several at once, since a look goes through all of them."""
+        """Advance the clients whose time is up, at most every 10 ms, since each look goes through all of them."""
         now = time.monotonic()
         if now >= self.look_at:
             for client in [client for client in self.clients.values() if client.until <= now]:
@@ -1290,7 +1286,7 @@ class Keeper:
             self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
 
     def keep_within_bounds(self) -> None:
-        """While they take too much, drop the oldest clients; never the newest, nor for its bytes one that reads."""
+        """Drop the oldest clients while all take too much; never the newest; for bytes, none that reads its reply."""
         most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
         if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
             return
@@ -1451,7 +1447,7 @@ WRITABLE: list[Any] = []  # files; gc.freeze() hides those of the import from gc
 
 
 def write_files(at_end: bool = True) -> None:
-    """Write what open files hold in their buffers, outer layers first; close those that only then are whole."""
+    """Flush open files, outer layers first; at the end, close those that closing makes whole, such as gzip's."""
     objects = gc.get_objects()
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
     for file in [each for each in objects if type(each) in kinds]:
@@ -1487,7 +1483,7 @@ class Supervisor:
         self.lifeline = os.pidfd_open(os.getpid())  # by which the workers see that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
-        self.up = False  # once as many workers as wanted have accepted
+        self.up = False  # whether as many workers as wanted have come to accept clients
         self.drain_by = math.inf
         self.worker: Worker | None = None  # in a worker: what it is
         self.signals = Signals()
@@ -1509,7 +1505,7 @@ class Supervisor:
             for pid, slot in self.children.items():
                 if time.monotonic() >= min(slot[END_BY], self.drain_by):
                     os.kill(pid, signal.SIGKILL)
-        signal.setitimer(signal.ITIMER_REAL, 1.0)  # what the module has left behind may keep it no longer
+        signal.setitimer(signal.ITIMER_REAL, 1.0)  # the module's threads and exit functions have 1 s
         return None
 
     def spawn_missing(self) -> Life | None:
@@ -1629,7 +1625,7 @@ class Worker:
         poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
         for file in (self.signals.reading, self.supervisor.stopping, self.supervisor.lifeline):
             poller.register(file, IN)
-        # It goes on beyond its number while as many as are to serve are ending, and at a stop until no more texts come.
+        # It serves on beyond its number while as many others end as are to serve; at a stop, until no more texts come.
         stopping = self.supervisor.stopping
         while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):
@@ -1665,8 +1661,7 @@ class Worker:
                 return
             except OSError as why:
                 if why.errno in OUT_OF_RESOURCES:
-                    log("*", f"Cannot Accept: {why.strerror}")
-                    sys.exit()  # but not as ENDING, so the next one comes after a delay
+                    self.give_up(f"Cannot Accept: {why.strerror}")
                 return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
             self.serve(Client(descriptor, address[0].removeprefix("::ffff:")), self.receive_text)
             if self.leaving or self.requests_left <= 0 or time.monotonic() > end:
@@ -1679,8 +1674,7 @@ class Worker:
         except BlockingIOError:
             return
         except OSError as why:  # no descriptor is left for it
-            log("-", f"Client Lost: {why.strerror}.")
-            sys.exit()  # but not as ENDING, so the next one comes after a delay
+            self.give_up(f"Client Lost: {why.strerror}.")
         if client:
             self.serve(client, Client.take_data)
         else:  # the service stops, and no more texts come
@@ -1782,6 +1776,12 @@ class Worker:
         if sent < len(client.data) or not client.half_closed:
             client.data = memoryview(client.data)[sent:]
             client.send(self.to_keeper)
+
+    def give_up(self, why: str) -> NoReturn:
+        """Exit for want of resources; but not as ENDING, so the next worker comes after a delay."""
+        log("*", why)
+        self.slot[END_BY] = time.monotonic() + self.settings.grace
+        sys.exit()
 
     def wake_supervisor(self) -> None:
         with suppress(OSError):  # it is dead, or awake

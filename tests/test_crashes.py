@@ -197,7 +197,6 @@ def test_a_dead_generation_is_started_anew_a_second_later_and_nothing_is_lost(se
 
 
 def test_the_next_generation_goes_on_when_the_last_one_dies_before_it_has_left(service: Service) -> None:
-    service.expected.append(r"Generation Died\. \(SIGKILL\)")
     held = Held(service)
     manager = service.start("-w", "2", *held.arguments)
     last, workers = service.generation(), service.workers()
