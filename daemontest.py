@@ -242,7 +242,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             if found and int(found[1]) > begun:
                 if found[2] == b"ok":
                     return pid
-                raise Failure(f"nothing changed: {found[2].decode()}")
+                raise Failure(f"nothing changed: {found[2].decode(errors='replace')}")
         raise Failure("nothing changed: the service has stopped")
 
     def signal_manager(self, signum: int) -> tuple[int, int]:
@@ -291,7 +291,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
 
 def retries() -> Iterator[None]:
-    """Yield every 2 ms for 4 s, longer than a starting manager or an asking command takes; then raise OSError."""
+    """Yield every 2 ms for 4 s, longer than a manager takes to start, or a command to ask; then raise OSError."""
     end = time.monotonic() + 4.0
     while time.monotonic() < end:
         yield
@@ -355,7 +355,7 @@ def reset_signals() -> None:
 
 
 def name_process(name: str) -> None:
-    """Have ps(1) show NAME: at most 15 bytes (proc(5)), and no spaces, at which CPython splits /proc/self/stat."""
+    """Have ps(1) show NAME: at most 15 bytes (proc(5)); no spaces, as CPython parses /proc/self/stat by spaces."""
     with suppress(OSError), open("/proc/self/comm", "w") as comm:
         comm.write(name)
 
@@ -728,7 +728,7 @@ def receive_message(channel: socket.socket) -> tuple[bytes, list[int]]:
 # ---- Manager ------------------------------------------------------------------------
 
 RESPAWN_DELAY = 1.0  # s until a process that died is replaced
-TICK = 0.05  # s between two looks at what is due, while something is
+TICK = 0.05  # s between two checks for what is due, while anything is pending
 MARGIN = 2.0  # s after the grace in which keeper and generation can exit by themselves
 
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
@@ -1045,7 +1045,7 @@ class Manager:
 # ---- Clients ------------------------------------------------------------------------
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
-# What an accepted socket is, as plain numbers; nothing that is called here depends on its family.
+# socket()'s arguments for any accepted client, IPv6, too: nothing that is called here depends on the family.
 CONNECTION = int(socket.AF_INET), int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
@@ -1061,7 +1061,7 @@ class Client:
         self.connection.setblocking(False)  # whatever default the handler's module has set
         self.name, self.half_closed, self.is_reply, self.data, self.memfd = name, half_closed, is_reply, data, memfd
         self.files = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
-        # In the keeper only: its conversation; events, time and bytes of that one's last Wait; and until when it counts
+        # In the keeper only: its conversation; what that last waited for (see Wait); and the time until which it counts
         # as reading its reply, and so is not dropped for its bytes.
         self.conversation: Iterator[Wait] | None = None
         self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
@@ -1099,6 +1099,7 @@ class Client:
     def close(self) -> None:
         if self.memfd != -1:
             os.close(self.memfd)
+            self.memfd = -1
         self.connection.close()
 
 
@@ -1202,9 +1203,8 @@ class Keeper:
         if not wait:
             self.close(client)
             return
-        events, client.until, held = wait
-        self.poller.modify(client.connection, events | select.EPOLLONESHOT)
-        client.events = events
+        client.events, client.until, held = wait
+        self.poller.modify(client.connection, client.events | select.EPOLLONESHOT)
         self.look_at = min(self.look_at, client.until)
         self.numbers[self.BYTES] += held - client.held
         client.held = held
@@ -1286,7 +1286,7 @@ class Keeper:
             self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
 
     def keep_within_bounds(self) -> None:
-        """Drop the oldest clients while all take too much; never the newest; for bytes, none that reads its reply."""
+        """Drop the oldest clients while over a limit; never the newest, nor, over bytes, one reading its reply."""
         most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
         if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
             return
@@ -1464,7 +1464,7 @@ def write_files(at_end: bool = True) -> None:
 
 
 def disown() -> None:
-    """Keep a worker from cleaning up what the import created, as temporary directories.  There is no public way."""
+    """Keep a worker from cleaning up what the import created, such as temporary directories (no public API)."""
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"]._children.clear()  # as multiprocessing does in its own children
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
@@ -1625,7 +1625,7 @@ class Worker:
         poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
         for file in (self.signals.reading, self.supervisor.stopping, self.supervisor.lifeline):
             poller.register(file, IN)
-        # It serves on beyond its number while as many others end as are to serve; at a stop, until no more texts come.
+        # Its number done, it serves on while settings.workers others are ending; at a stop, until no more texts come.
         stopping = self.supervisor.stopping
         while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):

@@ -45,7 +45,7 @@ def sleep_as() -> Iterator[Sleep]:
 
 
 def facts(path: Path) -> tuple[int, bytes, int, int, int, int] | None:
-    """Return what must not change of the file at PATH, itself a link or not."""
+    """Return what must not change of the file at PATH, or of the link there and its target."""
     if not path.exists():
         return None
     status, content = path.stat(), path.read_bytes() if path.is_file() else b""
@@ -56,7 +56,7 @@ def assert_all_fail(service: Service, path: Path, why: str = "") -> None:
     """Each action with PATH as the PID file fails, in one line that says WHY, and changes nothing."""
     before, processes = facts(path), service.processes()
     commands = [["-t"], ["--status"], ["--reload"], ["-p", str(service.port)]]
-    with ThreadPoolExecutor() as pool:  # each in a session of its own, which is what a signal to "process 0" ends
+    with ThreadPoolExecutor() as pool:  # each in its own session, or a mistaken kill(0) would end the tests, too
         outcomes = [*pool.map(lambda each: service.run(*each, "--pid-file", path, start_new_session=True), commands)]
     for done in outcomes:
         assert (done.returncode in (1, 3), done.stdout) == (True, ""), done

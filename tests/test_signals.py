@@ -95,8 +95,8 @@ def test_term_counts_that_comes_before_a_worker_is_set_up(service: Service) -> N
     service.start("-w", "1")
     told: set[int] = set()
     for _ in range(20):
-        while not (new := service.workers() - told):  # without a pause, not to miss the moment: the test's timeout
-            pass  # ends it where a TERM is lost
+        while not (new := service.workers() - told):  # without a pause, not to miss the moment
+            pass  # if a TERM is lost, the test's timeout ends it
         told |= new
         for worker in new:
             os.kill(worker, SIGTERM)
@@ -151,7 +151,7 @@ def test_storm_of_signals_under_load_loses_no_request(service: Service) -> None:
             with suppress(IndexError, ProcessLookupError):
                 os.kill(random.choice(sorted(service.workers())), SIGTERM)
                 terms += 1
-            for generation in service.generations():  # who is seen by two looks was there between them
+            for generation in service.generations():  # those in both looks were all alive at one moment between
                 most = max(most, len(service.children(generation) & service.children(generation)))
             time.sleep(0.02)
         load.wait_for(200)
