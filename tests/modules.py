@@ -55,8 +55,8 @@ class HeldImport:
 
     def hold(self, how: str = "sleep") -> None:
         """Hold up the imports that follow: in Python's sleep, or in C code ("deaf")."""
-        self.release()
         (self.home / how).touch()
+        (self.home / {"sleep": "deaf", "deaf": "sleep"}[how]).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Hold up no more imports; let those go on that sleep."""

@@ -262,7 +262,7 @@ def test_meanwhile_the_old_serves_and_a_hup_starts_the_import_afresh(service: Se
     given_up = handler.wait_for(2)
     assert service.generations() == {*generation, given_up}
     assert replies(service, 10) == {"old"}, "10 texts take four workers"
-    killed = min(wait_until(lambda: len(service.workers()) == 2 and service.workers(), "two workers"))
+    killed = max(wait_until(lambda: len(service.workers()) == 2 and service.workers(), "two workers"))  # the newest
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: len(service.workers() - {killed}) == 2, "another worker")
     assert replies(service) == {"old"}
