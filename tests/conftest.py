@@ -339,6 +339,7 @@ def serving(home: Path) -> Iterator[Service]:
             if (manager := service.manager()) in service.processes():
                 os.kill(manager, signal.SIGTERM)
                 wait_until(lambda: not alive(manager), "the stop", 40)
+        wait_until(lambda: not service.processes(), "all to go, handlers' helpers, too", 10)
     finally:
         for pid in (left := service.processes()):
             with suppress(ProcessLookupError):
