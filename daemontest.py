@@ -583,7 +583,7 @@ def foreground(read: Read) -> Life | None:
 def start(read: Read, detach: bool) -> Life | None:
     """Check, claim, listen, detach; return the life of the manager, or launcher.  Raise Failure, and leave nothing."""
     settings = read()
-    os.umask(0o027)
+    os.umask(umask := 0o027)
     signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)  # until the manager is ready for them
     pid_file = PidFile(settings.pid_file)
     pid_file.claim()
@@ -604,7 +604,7 @@ def start(read: Read, detach: bool) -> Life | None:
             managers_end.close()
         with failing_to("become a daemon"):
             context = DaemonContext(
-                detach_process=detach, umask=0o027, pidfile=pid_file, signal_map={},
+                detach_process=detach, umask=umask, pidfile=pid_file, signal_map={},
                 files_preserve=[terminal, log_file, pid_file.lock, *channels.all])
             context.open()
         atexit.unregister(context.close)  # which would remove the PID file at the end of any child

@@ -1,6 +1,10 @@
 """Handlers' modules for the tests of loading and reloading: some that do harm, and one that takes its time."""
 
-from conftest import Service, wait_until
+import subprocess
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+
+from conftest import Held, Service, read_all, wait_until
 
 HANDLER = ("--handler", "service:handle")
 # Never ends, in C: Python attends to no signal, and runs no other thread.  It takes no processor time.
@@ -56,11 +60,11 @@ class HeldImport:
     def hold(self, how: str = "sleep") -> None:
         """Hold up the imports that follow: in Python's sleep, or in C code ("deaf")."""
         (self.home / how).touch()
-        (self.home / {"sleep": "deaf", "deaf": "sleep"}[how]).unlink(missing_ok=True)
+        self.release({"sleep", "deaf"} - {how})
 
-    def release(self) -> None:
-        """Hold up no more imports; let those go on that sleep."""
-        for how in ("sleep", "deaf"):
+    def release(self, ways: Set[str] = frozenset({"sleep", "deaf"})) -> None:
+        """Hold up no more imports in these WAYS; let those go on that sleep."""
+        for how in ways:
             (self.home / how).unlink(missing_ok=True)
 
     def wait_for(self, count: int) -> int:
@@ -68,3 +72,21 @@ class HeldImport:
         file = self.home / "imports"
         wait_until(lambda: file.exists() and file.read_text().count("\n") >= count, f"{count} imports")
         return int(file.read_text().split()[-1])
+
+
+@contextmanager
+def draining(service: Service) -> Iterator[tuple[int, int, subprocess.Popen[str], Callable[[], None]]]:
+    """A reload that waits for one request: the last generation, its busy worker, the command, what ends the request."""
+    held = Held(service)
+    service.start("-w", "2", *held.arguments)
+    last, old = service.generation(), service.workers()
+    with service.begin() as client:
+        [busy] = held.wait_for()
+        service.write_handler(saying("new"), "held")
+        reloading = service.popen("--reload")
+        wait_until(lambda: service.workers() & old == {busy} and len(service.workers()) == 3, "two new workers")
+        def finish() -> None:
+            held.release()
+            assert read_all(client) == b"%d let through\n" % busy
+
+        yield last, busy, reloading, finish

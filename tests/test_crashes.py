@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 from conftest import Held, Load, Service, alive, read_all, seconds_between, wait_until
-from modules import DEAF, HANDLER, HARMFUL, HeldImport, saying
+from modules import DEAF, HANDLER, HARMFUL, HeldImport, draining, saying
 
 CRASHING = """
 import os, signal, time
@@ -197,20 +197,12 @@ def test_a_dead_generation_is_started_anew_a_second_later_and_nothing_is_lost(se
 
 
 def test_the_next_generation_goes_on_when_the_last_one_dies_before_it_has_left(service: Service) -> None:
-    held = Held(service)
-    manager = service.start("-w", "2", *held.arguments)
-    last, workers = service.generation(), service.workers()
-    with service.begin() as client:
-        [busy] = held.wait_for()
-        service.write_handler(saying("new"), "held")
-        reloading = service.popen("--reload")
-        wait_until(lambda: service.workers() & workers == {busy} and len(service.workers()) == 3, "two new workers")
+    with draining(service) as (last, _, reloading, finish):
         new = service.generations() - {last}
         os.kill(last, signal.SIGKILL)
-        assert reloading.communicate(timeout=50) == (f"daemontest.py: {manager} reloaded\n", "")
+        assert reloading.communicate(timeout=50) == (f"daemontest.py: {service.manager()} reloaded\n", "")
         assert service.ask("x").endswith(" new\n")
-        held.release()
-        assert read_all(client) == b"%d let through\n" % busy
+        finish()
     assert service.generations() == new
 
 

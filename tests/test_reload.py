@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import Held, Load, Service, alive, free_port, read_all, wait_until
-from modules import HANDLER, HARMFUL, HASTE, LOAD, HeldImport, saying
+from conftest import Load, Service, alive, free_port, wait_until
+from modules import HANDLER, HARMFUL, HASTE, LOAD, HeldImport, draining
 
 
 def hup(service: Service) -> None:
@@ -206,24 +206,17 @@ def test_hups_under_load_lose_no_request(service: Service) -> None:
 
 
 def test_a_reload_is_over_when_the_last_old_handler_has_ended_and_hups_meanwhile_are_one(service: Service) -> None:
-    held = Held(service)
-    manager = service.start("-w", "2", *held.arguments)
-    first, old = service.generations(), service.workers()
-    with service.begin() as client:
-        [busy] = held.wait_for()
-        service.write_handler(saying("new"), "held")
-        reloading = service.popen("--reload")
-        wait_until(lambda: service.workers() & old == {busy} and len(service.workers()) == 3, "two new workers")
+    with draining(service) as (last, busy, reloading, finish):
+        manager = service.manager()
         assert replies(service) == {"new"}
         two = service.generations()
         for count in range(2, 6):
             os.kill(manager, signal.SIGHUP)
             service.wait_for_records("Caught SIGHUP", count)
         assert service.run("--status").returncode == 0
-        assert service.generations() == two > first
+        assert service.generations() == two > {last}
         assert reloading.poll() is None
-        held.release()
-        assert read_all(client) == b"%d let through\n" % busy
+        finish()
     assert reloading.communicate(timeout=50) == (f"daemontest.py: {manager} reloaded\n", "")
     assert not alive(busy)
     wait_until(lambda: len(service.workers()) == 2 and not service.generations() & two, "the third generation alone")

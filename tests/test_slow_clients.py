@@ -315,8 +315,6 @@ def test_stopped_keeper_blocks_no_worker_nor_a_stop_beyond_the_grace(service: Se
     assert not service.processes()
 
 
-# ---- Reload and stop ----------------------------------------------------------------------
-
 def test_slow_clients_live_through_reloads_and_the_new_code_answers(service: Service, held: Held) -> None:
     start(service, "-w", "2")
     clients = begin(service, 6)
