@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import array
 import atexit
+import difflib
 import errno
 import faulthandler
 import fcntl
@@ -479,15 +480,15 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 
 def main() -> None:
     """Do what the command line says.  A forked child returns its life to here, to leave its parent's stack."""
-    # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
-    while os.open(os.devnull, os.O_RDWR) < 2:
-        pass
-    for number, name in enumerate(("stdin", "stdout", "stderr")):  # which DaemonContext expects to be there
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
-    life: Life | None = parse_command_line()
-    atexit.register(os._exit, 0)  # called last: the interpreter exits as usual, but takes no modules apart
     try:
+        # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
+        while os.open(os.devnull, os.O_RDWR) < 2:
+            pass
+        for number, name in enumerate(("stdin", "stdout", "stderr")):  # which DaemonContext expects to be there
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+        life: Life | None = parse_command_line()
+        atexit.register(os._exit, 0)  # called last: the interpreter exits as usual, but takes no modules apart
         while life:
             life = life()
         return
@@ -667,6 +668,8 @@ class Channels:
 
     def __init__(self, listener: socket.socket, listener_is_ours: bool) -> None:
         listener.setblocking(False)
+        # Connections inherit it (tcp(7)): the end of a reply and FIN share a packet, which is worth 6 per cent.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         self.listener, self.listener_is_ours = listener.detach(), listener_is_ours
         # Clients on their way from the workers to the keeper, and, when their texts are whole, on their way back.
         slow_in, slow_out = seqpacket_pair()
@@ -696,7 +699,7 @@ def seqpacket_pair() -> tuple[int, int]:
     for end in ends:
         end.setblocking(False)
         # So small that fewer than 256 descriptors, the least a user may have, are in flight (unix(7), ETOOMANYREFS).
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
     return ends[0].detach(), ends[1].detach()
 
 
@@ -1045,8 +1048,6 @@ class Manager:
 # ---- Clients ------------------------------------------------------------------------
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
-# socket()'s arguments for any accepted client, IPv6, too: nothing that is called here depends on the family.
-CONNECTION = int(socket.AF_INET), int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
 OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
 HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
@@ -1055,14 +1056,13 @@ HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client
 class Client:
     """A client, wherever it is: its connection, and what it has sent so far or has not yet taken of its reply."""
 
-    def __init__(self, descriptor: int, name: str, half_closed: bool = False, is_reply: bool = False,
+    def __init__(self, connection: int, name: str, half_closed: bool = False, is_reply: bool = False,
                  data: Any = b"", memfd: int = -1) -> None:
-        self.connection = socket.SocketType(*CONNECTION, descriptor)
-        self.connection.setblocking(False)  # whatever default the handler's module has set
-        self.name, self.half_closed, self.is_reply, self.data, self.memfd = name, half_closed, is_reply, data, memfd
+        self.connection, self.name, self.half_closed, self.is_reply = connection, name, half_closed, is_reply
+        self.data, self.memfd = data, memfd
         self.files = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
-        # In the keeper only: its conversation; what that last waited for (see Wait); and the time until which it counts
-        # as reading its reply, and so is not dropped for its bytes.
+        # In the keeper only: its conversation; what epoll watches for; until when the conversation waits (for a worker
+        # without end) and the bytes it holds; and until when the client counts as reading, and is not dropped for them.
         self.conversation: Iterator[Wait] | None = None
         self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
 
@@ -1075,7 +1075,7 @@ class Client:
             self.data = b""
         name = self.name.encode()
         socket.send_fds(channel, [HEADER.pack(self.is_reply, self.half_closed, len(name)), name, self.data],
-                        [self.connection.fileno(), self.memfd][:1 if self.memfd == -1 else 2])
+                        [self.connection, self.memfd][:1 if self.memfd == -1 else 2])
 
     @staticmethod
     def from_channel(channel: socket.socket) -> Client | None:
@@ -1099,14 +1099,15 @@ class Client:
     def close(self) -> None:
         if self.memfd != -1:
             os.close(self.memfd)
-            self.memfd = -1
-        self.connection.close()
+        if self.connection != -1:
+            os.close(self.connection)
+        self.connection = self.memfd = -1
 
 
-def receive_some(connection: socket.SocketType) -> bytes | None:
+def receive_some(connection: int) -> bytes | None:
     """Return what has come: nothing at the end, None if nothing has come yet.  Raise OSError."""
     try:
-        return connection.recv(RECEIVE_BYTES)
+        return os.read(connection, RECEIVE_BYTES)
     except BlockingIOError:
         return None
 
@@ -1160,7 +1161,7 @@ class Keeper:
             look_in = max(0.0, self.look_at - time.monotonic()) if self.stopped_at == math.inf else TICK
             for file, _ in self.poller.poll(None if look_in == math.inf else look_in):
                 client = self.clients.get(file)
-                if client and client.events:  # otherwise it has gone on meanwhile, and waits for a worker
+                if client and client.until < math.inf:  # otherwise it has gone on meanwhile, and waits for a worker
                     self.advance(client)
                 elif file == self.orders:
                     self.read_orders()
@@ -1182,8 +1183,7 @@ class Keeper:
                 log("-", f"Client Lost: {why.strerror}.")
                 continue
             if client:
-                self.clients[client.connection.fileno()] = client
-                self.poller.register(client.connection, select.EPOLLONESHOT)
+                self.clients[client.connection] = client
                 client.conversation = self.deliver(client) if client.is_reply else self.receive_rest(client)
                 self.files += client.files
                 self.advance(client)
@@ -1203,8 +1203,11 @@ class Keeper:
         if not wait:
             self.close(client)
             return
-        client.events, client.until, held = wait
-        self.poller.modify(client.connection, client.events | select.EPOLLONESHOT)
+        events, client.until, held = wait
+        if events:
+            watch = self.poller.modify if client.events else self.poller.register
+            watch(client.connection, events | select.EPOLLONESHOT)
+            client.events = events
         self.look_at = min(self.look_at, client.until)
         self.numbers[self.BYTES] += held - client.held
         client.held = held
@@ -1257,15 +1260,16 @@ class Keeper:
                 client.reads_until = time.monotonic() + 1.0
                 yield OUT, min(until, self.end_by), size - sent
                 try:
-                    sent += (client.connection.send(client.data[sent:]) if client.memfd == -1 else
-                             os.sendfile(client.connection.fileno(), client.memfd, sent, size - sent))
+                    sent += (os.write(client.connection, client.data[sent:]) if client.memfd == -1 else
+                             os.sendfile(client.connection, client.memfd, sent, size - sent))
                 except BlockingIOError:
                     if time.monotonic() >= min(until, self.end_by):
                         raise TimeoutError("timed out") from None
             if client.half_closed:
                 return
             # To close with data unread resets the connection (RFC 2525, 2.17), and can destroy the reply in flight.
-            client.connection.shutdown(socket.SHUT_WR)
+            with socket.socket(fileno=os.dup(client.connection)) as connection:
+                connection.shutdown(socket.SHUT_WR)
             quiet_at = time.monotonic() + LINGER
             while time.monotonic() < min(until, self.end_by, quiet_at):
                 yield IN, min(until, self.end_by, quiet_at), 0
@@ -1292,9 +1296,9 @@ class Keeper:
             return
         for client in list(self.clients.values())[:-1]:
             if self.files > self.most_files:
-                self.drop(client, "too many clients")
+                self.close(client, dropped_for="too many clients")
             elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
-                self.drop(client, "too many bytes")
+                self.close(client, dropped_for="too many bytes")
         self.look_at = min(self.look_at, now + 1.0)
 
     def pass_texts_on(self) -> None:
@@ -1309,19 +1313,18 @@ class Keeper:
                 self.poller.modify(self.to_workers, OUT | select.EPOLLONESHOT)
                 return
             except OSError as why:
-                self.drop(client, why.strerror or str(why))
+                self.close(client, dropped_for=why.strerror or str(why))
             self.texts.popleft()
 
-    def drop(self, client: Client, why: str) -> None:
-        log("-", f"Client: {client.name}; Dropped: {why}.")
-        self.close(client)
-
-    def close(self, client: Client) -> None:
-        self.poller.unregister(client.connection)  # closing is not enough: a message in flight may hold a copy
+    def close(self, client: Client, dropped_for: str = "") -> None:
+        if dropped_for:
+            log("-", f"Client: {client.name}; Dropped: {dropped_for}.")
+        if client.events:
+            self.poller.unregister(client.connection)  # closing is not enough: a message in flight may hold a copy
         self.numbers[self.BYTES] -= client.held
         self.files -= client.files
         client.conversation = None
-        del self.clients[client.connection.fileno()]
+        del self.clients[client.connection]
         client.close()
 
     def read_orders(self) -> None:
@@ -1338,7 +1341,7 @@ class Keeper:
         self.end_by = self.stopped_at + 0.9 * self.settings.grace
         self.channels.stop_listening()
         for client in list(self.clients.values()):
-            if client.events:
+            if client.until < math.inf:
                 self.advance(client)
 
     def finished(self) -> bool:
@@ -1413,8 +1416,6 @@ def load_handler(settings: Settings) -> Handler:
                 reason = f"a module is named without .py: {top}:{function_name}"
         raise Failure(not_loaded(settings, reason)) from why
     if fault := fault_of(handler):
-        import difflib
-
         close = difflib.get_close_matches(function_name, vars(module), 1) if handler is None else []
         fault += f"; did you mean '{close[0]}'?" if close else ""
         raise Failure(not_loaded(settings, f"{function_name} {fault}"))
@@ -1478,8 +1479,9 @@ class Supervisor:
         self.generation, self.channel = generation, generation.childs_end
         self.handler, self.stopping = handler, files.pop()
         self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
-        for end, patience in zip(self.sockets, (0.0, PATIENCE, 0.0), strict=True):
-            end.settimeout(patience)  # whatever default the handler's module has set
+        for end, blocking in zip(self.sockets, (False, True, False), strict=True):
+            end.setblocking(blocking)  # whatever default the handler's module has set
+        self.sockets[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, PATIENCE)
         self.lifeline = os.pidfd_open(os.getpid())  # by which the workers see that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
@@ -1585,7 +1587,7 @@ class Supervisor:
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
 A_MOMENT = 0.001  # s in which the half-close nearly always follows the text
 IMPATIENCE = 0.005  # s without such waits after one that was in vain
-PATIENCE = 1.0  # s with a keeper that takes no clients, because it is stopped or has just died
+PATIENCE = struct.pack("ll", 1, 0)  # s and us with a keeper that takes no clients, because it is stopped, or has died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -1656,14 +1658,13 @@ class Worker:
         end = time.monotonic() + GREED
         while True:
             try:  # worth a tenth: accept() converts two enumerations, and asks the kernel for the address once more
-                descriptor, address = self.listener._accept()  # type: ignore[attr-defined]
-            except (BlockingIOError, ConnectionAbortedError):
-                return
+                connection, address = self.listener._accept()  # type: ignore[attr-defined]
+                os.set_blocking(connection, False)
             except OSError as why:
                 if why.errno in OUT_OF_RESOURCES:
                     self.give_up(f"Cannot Accept: {why.strerror}")
-                return  # a fault of that connection (accept(2), "Error handling"), or nobody listens any more
-            self.serve(Client(descriptor, address[0].removeprefix("::ffff:")), self.receive_text)
+                return  # nobody waits, that connection has failed (accept(2), "Error handling"), or nobody listens
+            self.serve(Client(connection, address[0].removeprefix("::ffff:")), self.receive_text)
             if self.leaving or self.requests_left <= 0 or time.monotonic() > end:
                 return
 
@@ -1726,7 +1727,7 @@ class Worker:
                         raise Failure(f"text longer than {self.settings.max_text} bytes")
                 elif pieces and not waited and time.monotonic() >= self.impatient_until:
                     waited = True
-                    if not readable(A_MOMENT, client.connection.fileno()):
+                    if not readable(A_MOMENT, client.connection):
                         self.impatient_until = time.monotonic() + IMPATIENCE
                 else:
                     break
@@ -1771,8 +1772,8 @@ class Worker:
     def deliver(self, client: Client) -> None:
         """Send the reply.  A client that makes us wait, or has not half-closed, goes to the keeper.  Raise OSError."""
         sent = 0
-        with suppress(BlockingIOError):  # MSG_MORE sends the end of the reply and FIN in one packet
-            sent = client.connection.send(client.data, socket.MSG_MORE if client.half_closed else 0)
+        with suppress(BlockingIOError):
+            sent = os.write(client.connection, client.data)
         if sent < len(client.data) or not client.half_closed:
             client.data = memoryview(client.data)[sent:]
             client.send(self.to_keeper)
