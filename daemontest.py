@@ -1060,7 +1060,6 @@ class Client:
                  data: Any = b"", memfd: int = -1) -> None:
         self.connection, self.name, self.half_closed, self.is_reply = connection, name, half_closed, is_reply
         self.data, self.memfd = data, memfd
-        self.files = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
         # In the keeper only: its conversation; what epoll watches for; until when the conversation waits (for a worker
         # without end) and the bytes it holds; and until when the client counts as reading, and is not dropped for them.
         self.conversation: Iterator[Wait] | None = None
@@ -1141,7 +1140,7 @@ class Keeper:
         begin_process("daemontest-keep", child.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        self.files, self.most_files = 0, max(limit - SPARE_DESCRIPTORS, limit // 2)  # that clients take
+        self.most_files = max(limit - SPARE_DESCRIPTORS, limit // 2)
         self.channels, self.settings = channels, settings
         self.orders, self.numbers = child.childs_end, child.numbers
         self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
@@ -1183,9 +1182,11 @@ class Keeper:
                 log("-", f"Client Lost: {why.strerror}.")
                 continue
             if client:
+                if client.connection >= self.most_files:  # so many are open: the kernel gives the lowest number
+                    for oldest in list(self.clients.values())[:2]:  # as a client has two descriptors at the most
+                        self.close(oldest, dropped_for="too many clients")
                 self.clients[client.connection] = client
                 client.conversation = self.deliver(client) if client.is_reply else self.receive_rest(client)
-                self.files += client.files
                 self.advance(client)
             else:
                 self.poller.unregister(self.from_workers)
@@ -1211,7 +1212,7 @@ class Keeper:
         self.look_at = min(self.look_at, client.until)
         self.numbers[self.BYTES] += held - client.held
         client.held = held
-        self.keep_within_bounds()
+        self.drop_for_bytes()
 
     def receive_rest(self, client: Client) -> Iterator[Wait]:
         """Receive the rest of a text, and have it wait for a worker; or refuse it."""
@@ -1286,18 +1287,16 @@ class Keeper:
         if now >= self.look_at:
             for client in [client for client in self.clients.values() if client.until <= now]:
                 self.advance(client)
-            self.keep_within_bounds()
+            self.drop_for_bytes()
             self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
 
-    def keep_within_bounds(self) -> None:
-        """Drop the oldest clients while over a limit; never the newest, nor, over bytes, one reading its reply."""
+    def drop_for_bytes(self) -> None:
+        """Drop the oldest clients while too many bytes are held; never the newest, nor one that reads its reply."""
         most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
-        if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
+        if self.numbers[self.BYTES] <= most:
             return
         for client in list(self.clients.values())[:-1]:
-            if self.files > self.most_files:
-                self.close(client, dropped_for="too many clients")
-            elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
+            if client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
                 self.close(client, dropped_for="too many bytes")
         self.look_at = min(self.look_at, now + 1.0)
 
@@ -1322,7 +1321,6 @@ class Keeper:
         if client.events:
             self.poller.unregister(client.connection)  # closing is not enough: a message in flight may hold a copy
         self.numbers[self.BYTES] -= client.held
-        self.files -= client.files
         client.conversation = None
         del self.clients[client.connection]
         client.close()
