@@ -95,7 +95,7 @@ LOGGED, TRACED = 2000, 4000  # characters of a client's text, and of a traceback
 
 
 def open_log(name: str, stderr: int = 2) -> int:
-    """Open the log, which its owner and group alone can read; return its descriptor.  Raise Failure."""
+    """Open the log, or copy STDERR if it has no NAME; only its owner and group can read it.  Raise Failure."""
     with failing_to(f"open log file {name}"):
         return os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640) if name else os.dup(stderr)
 
@@ -113,7 +113,7 @@ def log(mark: str, *messages: str, pid: int = 0, text: str = "") -> None:
     write_lines(begin + f"\n{begin}".join(messages) + "\n" + indented(text))
 
 
-@functools.lru_cache(maxsize=1)  # many records share a second
+@functools.lru_cache(maxsize=1)  # many records share a second; %03d is left for the milliseconds
 def timestamp(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S.%%03d%z", time.localtime(second))
 
@@ -123,7 +123,7 @@ def indented(text: str) -> str:
     return "    " + printable(text.removesuffix("\n"), "\n\u3000").replace("\n", "\n    ") + "\n" if text else ""
 
 
-def printable(text: str, kept: str = "\u3000") -> str:
+def printable(text: str, kept: str = "\u3000") -> str:  # a space that isprintable() denies
     """Return TEXT with non-printing characters, except those KEPT, and \\ escaped as in a Python string literal."""
     if text.replace(kept[0], "").isprintable() and "\\" not in text:
         return text
@@ -177,13 +177,12 @@ class Printed(io.FileIO):
 
 # ---- PID file -----------------------------------------------------------------------
 
-
 class PidFile(PIDLockFile):  # type: ignore[misc]
-    """A PID file whose lock (flock(2)) the manager holds exclusively while the service runs; others only try it."""
+    """A PID file.  While the service runs, the manager holds its flock(2) exclusively; others try a shared one."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.lock = self.line = -1  # the manager's descriptors of the file, and of the one beside it
+        self.lock = self.line = -1  # the manager's descriptors of the file, and of PATH.reloads, which is one line
         self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
 
     def claim(self) -> None:
@@ -193,7 +192,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 file = self.open_for(os.O_RDWR | os.O_CREAT)
                 if not take_lock(file, fcntl.LOCK_SH):
                     raise Failure(f"cannot start: already running (PID file {self.path})")
-                if not re.fullmatch(rb"\s*(\d{1,32}|\S{0,32})\s*", os.pread(file, 2**20, 0)):
+                if not re.fullmatch(rb"\s*\S{0,32}\s*", os.pread(file, 2**20, 0)):
                     raise OSError("not a PID file, since it holds more than a number")
                 if os.fstat(file).st_uid != os.geteuid():
                     os.unlink(self.path)  # left over by another user: only root comes here
@@ -205,7 +204,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                 os.close(file)
 
     def acquire(self, timeout: float | None = None) -> None:
-        """Write the PID of this process, the last that DaemonContext forked.  The lock was claimed before."""
+        """Write the PID of this process.  DaemonContext calls this after its last fork; claim() took the lock."""
         with suppress(FileNotFoundError):
             os.unlink(f"{self.path}.reloads")
         self.line = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
@@ -266,7 +265,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     with suppress(ProcessLookupError):  # it has just ended
                         pid, owner = int(content), os.fstat(file.fileno()).st_uid
                         process = os.pidfd_open(pid)
-                        # A stranger may have locked a leftover file.  If /proc is hidden, we can signal only ours.
+                        # A stranger may have locked a leftover file.  Whom /proc hides from us, we cannot signal.
                         with suppress(FileNotFoundError):
                             if os.stat(f"/proc/{pid}").st_uid != owner:
                                 raise OSError(f"process {pid} does not belong to its owner")
@@ -307,7 +306,7 @@ def take_lock(file: int, kind: int) -> bool:
     return False
 
 
-# ---- Signals and processes ----------------------------------------------------------
+# ---- Signals, processes, messages ---------------------------------------------------
 
 # What the manager's loop reads; what it ignores; what the others ignore (but a worker handles TERM, and ALRM kills it).
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
@@ -393,6 +392,44 @@ def readable(seconds: float | None, *files: int) -> bool:
     return bool(poller.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
+RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
+
+
+def seqpacket_pair() -> tuple[int, int]:
+    """Return the ends of a connection that keeps messages apart; each message goes to exactly one reader."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        end.setblocking(False)
+        # So small that fewer than 256 descriptors are in flight: above RLIMIT_NOFILE, sending fails (unix(7)).
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    return ends[0].detach(), ends[1].detach()
+
+
+def send_message(end: int, message: str, files: Sequence[int] = ()) -> None:
+    """Send MESSAGE, and copies of the descriptors FILES, to another process, which may be gone."""
+    with suppress(OSError), socket.socket(fileno=os.dup(end)) as channel:
+        socket.send_fds(channel, [message.encode(errors="backslashreplace")], files)
+
+
+def read_message(end: int) -> tuple[str, list[int]]:
+    """Return the next message and its descriptors; nothing if none has come, or none can come any more."""
+    with suppress(BlockingIOError, ConnectionResetError), socket.socket(fileno=os.dup(end)) as channel:
+        message, files = receive_message(channel)
+        return message.decode(errors="replace"), files
+    return "", []
+
+
+def receive_message(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """Return the next message and its descriptors, b"" at the end.  Raise OSError; BlockingIOError if none is there."""
+    message, ancillary, flags, _ = channel.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
+    files = [file for _, _, data in ancillary for file in array.array("i", data)]
+    if flags & socket.MSG_CTRUNC:
+        for file in files:
+            os.close(file)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return message, files
+
+
 # ---- Settings -----------------------------------------------------------------------
 
 SECONDS = (0.01, 86400)
@@ -456,7 +493,7 @@ def fitting(name: str, value: Any, directory: str = STARTED_IN) -> Any:
 
 
 def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) -> Settings:
-    """Merge the settings: OPTIONS over FILE over DEFAULTS over the built-in defaults.  Raise Failure."""
+    """Merge the settings: the command line's OPTIONS over FILE over DEFAULTS over the built-in ones.  Raise Failure."""
     path = absolute("~/daemontest.toml" if file is None else file)
     values = defaults
     if file is not None or os.path.exists(path):
@@ -476,7 +513,6 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 
 
 # ---- Command line -------------------------------------------------------------------
-
 
 def main() -> None:
     """Do what the command line says.  A forked child returns its life to here, to leave its parent's stack."""
@@ -588,7 +624,7 @@ def start(read: Read, detach: bool) -> Life | None:
     signal.pthread_sigmask(signal.SIG_BLOCK, MANAGER_SIGNALS)  # until the manager is ready for them
     pid_file = PidFile(settings.pid_file)
     pid_file.claim()
-    terminal = os.dup(2)  # where the outcome of the start goes
+    terminal = os.dup(2)  # where the outcome of the start goes: standard error, or, detached, the launcher's socket
     try:
         channels = Channels(*open_listener(settings))
         log_file = open_log(settings.log_file)
@@ -604,9 +640,8 @@ def start(read: Read, detach: bool) -> Life | None:
             os.dup2(managers_end.fileno(), terminal, inheritable=False)
             managers_end.close()
         with failing_to("become a daemon"):
-            context = DaemonContext(
-                detach_process=detach, umask=umask, pidfile=pid_file, signal_map={},
-                files_preserve=[terminal, log_file, pid_file.lock, *channels.all])
+            context = DaemonContext(detach_process=detach, umask=umask, pidfile=pid_file, signal_map={},
+                                    files_preserve=[terminal, log_file, pid_file.lock, *channels.all])
             context.open()
         atexit.unregister(context.close)  # which would remove the PID file at the end of any child
         os.set_inheritable(0, True)  # python-daemon reopens it as non-inheritable; a handler's commands need it
@@ -625,7 +660,7 @@ def await_start(manager: socket.socket) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MANAGER_SIGNALS)
     told = manager.recv(65536)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    line, _, ready = told.decode(errors="replace").removeprefix(f"{PROGRAM}: ").partition("\n")
+    line, _, ready = told.decode(errors="replace").partition("\n")
     if not ready:
         manager.recv(1)  # ends when the manager has exited
         write_lines(told.decode(errors="replace") or f"{PROGRAM}: cannot start: the manager died\n")
@@ -668,8 +703,9 @@ class Channels:
 
     def __init__(self, listener: socket.socket, listener_is_ours: bool) -> None:
         listener.setblocking(False)
-        # Connections inherit it (tcp(7)): the end of a reply and FIN share a packet, which is worth 6 per cent.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        if listener_is_ours:
+            # Connections inherit it (tcp(7)): the end of a reply and FIN share a packet, which is worth 6 per cent.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         self.listener, self.listener_is_ours = listener.detach(), listener_is_ours
         # Clients on their way from the workers to the keeper, and, when their texts are whole, on their way back.
         slow_in, slow_out = seqpacket_pair()
@@ -690,49 +726,11 @@ class Channels:
                 listener.shutdown(socket.SHUT_RDWR)
 
 
-RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
-
-
-def seqpacket_pair() -> tuple[int, int]:
-    """Return the ends of a connection that keeps messages apart; each message goes to exactly one reader."""
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for end in ends:
-        end.setblocking(False)
-        # So small that fewer than 256 descriptors, the least a user may have, are in flight (unix(7), ETOOMANYREFS).
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
-    return ends[0].detach(), ends[1].detach()
-
-
-def send_message(end: int, message: str, files: Sequence[int] = ()) -> None:
-    """Send MESSAGE, and copies of the descriptors FILES, to another process, which may be gone."""
-    with suppress(OSError), socket.socket(fileno=os.dup(end)) as channel:
-        socket.send_fds(channel, [message.encode(errors="backslashreplace")], files)
-
-
-def read_message(end: int) -> tuple[str, list[int]]:
-    """Return the next message and its descriptors; nothing if none has come, or none can come any more."""
-    with suppress(BlockingIOError, ConnectionResetError), socket.socket(fileno=os.dup(end)) as channel:
-        message, files = receive_message(channel)
-        return message.decode(errors="replace"), files
-    return "", []
-
-
-def receive_message(channel: socket.socket) -> tuple[bytes, list[int]]:
-    """Return the next message and its descriptors, b"" at the end.  Raise OSError; BlockingIOError if none is there."""
-    message, ancillary, flags, _ = channel.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
-    files = [file for _, _, data in ancillary for file in array.array("i", data)]
-    if flags & socket.MSG_CTRUNC:
-        for file in files:
-            os.close(file)
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    return message, files
-
-
 # ---- Manager ------------------------------------------------------------------------
 
-RESPAWN_DELAY = 1.0  # s until a process that died is replaced
+RESPAWN_DELAY = 1.0  # s until a process that died is replaced; for the keeper, since its last fork
 TICK = 0.05  # s between two checks for what is due, while anything is pending
-MARGIN = 2.0  # s after the grace in which keeper and generation can exit by themselves
+MARGIN = 2.0  # s; at a stop clients end at 0.9 grace, workers at 1, the generation a MARGIN later, the keeper two
 
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
@@ -751,7 +749,7 @@ class Child:
         self.numbers = memoryview(mmap.mmap(-1, 8 * numbers)).cast("d")  # in memory that it shares with the child
         self.pid, self.channel, self.childs_end = 0, -1, -1
         self.forked_at, self.kill_at = -math.inf, math.inf
-        self.files: list[int] = []  # the manager's; closing the channel tells the child to stop
+        self.files: list[int] = []  # the manager's, both ends; closing them tells the child to stop
 
     def fork(self) -> bool:
         """Fork it; return whether this is the child.  Raise Failure."""
@@ -942,7 +940,7 @@ class Manager:
         log_to(generation.log_file)
         if self.keeper.pid:
             send_message(self.keeper.channel, f"{settings.timeout} {settings.max_text} {settings.grace}", [2])
-        with socket.socket(fileno=os.dup(self.channels.listener)) as listener:  # keeps silent clients (tcp(7))
+        with socket.socket(fileno=os.dup(self.channels.listener)) as listener:  # TCP keeps silent clients (tcp(7))
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, math.ceil(settings.timeout))
 
     def loading_failed(self, why: str) -> None:
@@ -989,7 +987,9 @@ class Manager:
         elif generation.state is State.SERVING:
             log("*", f"Generation Died. ({cause})", pid=generation.pid)
             self.notify(f"generation {generation.number} died: {cause}")
-            self.phase, self.not_before = Phase.CHANGING, time.monotonic() + RESPAWN_DELAY
+            self.not_before = time.monotonic() + RESPAWN_DELAY
+            if self.phase is Phase.SERVING:
+                self.phase = Phase.CHANGING
         elif time.monotonic() >= generation.kill_at:
             log("*", "Generation Killed. (still running after the grace)", pid=generation.pid)
 
@@ -1004,11 +1004,10 @@ class Manager:
         end = time.monotonic() + self.settings.grace + MARGIN
         self.kill_loading()
         for generation in self.generations:
-            generation.state = State.LEAVING
-        for child in (self.keeper, *self.generations):
-            child.kill_at = min(child.kill_at, end)
-            child.close()
-        self.keeper.kill_at = end + MARGIN  # it waits for the generation's workers
+            generation.state, generation.kill_at = State.LEAVING, min(generation.kill_at, end)
+            generation.close()
+        self.keeper.kill_at = end + MARGIN
+        self.keeper.close()
 
     def kill_loading(self) -> None:
         """Kill the generation that is loading, with all that its module has started: there is nothing in it to save."""
@@ -1060,8 +1059,9 @@ class Client:
                  data: Any = b"", memfd: int = -1) -> None:
         self.connection, self.name, self.half_closed, self.is_reply = connection, name, half_closed, is_reply
         self.data, self.memfd = data, memfd
-        # In the keeper only: its conversation; what epoll watches for; until when the conversation waits (for a worker
-        # without end) and the bytes it holds; and until when the client counts as reading, and is not dropped for them.
+        self.files = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
+        # In the keeper only: its conversation; what that waits for (see Wait); and until when the client counts as one
+        # that reads its reply, and so is not dropped for its bytes.
         self.conversation: Iterator[Wait] | None = None
         self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
 
@@ -1087,20 +1087,19 @@ class Client:
         return Client(files[0], name, half_closed, is_reply, data, *files[1:])
 
     def take_data(self) -> bytes:
-        """Return the data and let go of it.  Raise MemoryError."""
-        data, memfd, self.data, self.memfd = self.data, self.memfd, b"", -1
-        if memfd == -1:
-            return bytes(data)
+        """Return the data, and close the memfd.  Raise MemoryError."""
+        if self.memfd == -1:
+            return bytes(self.data)
+        memfd, self.memfd = self.memfd, -1
         with open(memfd, "rb") as file:
             file.seek(0)
             return file.read()
 
     def close(self) -> None:
-        if self.memfd != -1:
-            os.close(self.memfd)
-        if self.connection != -1:
-            os.close(self.connection)
-        self.connection = self.memfd = -1
+        files, self.connection, self.memfd = (self.connection, self.memfd), -1, -1  # first: a thread may fork meanwhile
+        for file in files:
+            if file != -1:
+                os.close(file)
 
 
 def receive_some(connection: int) -> bytes | None:
@@ -1140,7 +1139,7 @@ class Keeper:
         begin_process("daemontest-keep", child.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        self.most_files = max(limit - SPARE_DESCRIPTORS, limit // 2)
+        self.files, self.most_files = 0, max(limit - SPARE_DESCRIPTORS, limit // 2)  # that clients take
         self.channels, self.settings = channels, settings
         self.orders, self.numbers = child.childs_end, child.numbers
         self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
@@ -1155,12 +1154,12 @@ class Keeper:
         log("*", "Keeper Process Started.")
         self.poller.register(self.from_workers, IN)
         self.poller.register(self.orders, IN)
-        self.poller.register(self.to_workers, select.EPOLLONESHOT)
+        self.poller.register(self.to_workers, select.EPOLLONESHOT)  # for nothing yet; for OUT when it is full
         while not self.finished():
             look_in = max(0.0, self.look_at - time.monotonic()) if self.stopped_at == math.inf else TICK
             for file, _ in self.poller.poll(None if look_in == math.inf else look_in):
                 client = self.clients.get(file)
-                if client and client.until < math.inf:  # otherwise it has gone on meanwhile, and waits for a worker
+                if client and client.events:  # otherwise it has gone on meanwhile, and waits for a worker
                     self.advance(client)
                 elif file == self.orders:
                     self.read_orders()
@@ -1182,11 +1181,9 @@ class Keeper:
                 log("-", f"Client Lost: {why.strerror}.")
                 continue
             if client:
-                if client.connection >= self.most_files:  # so many are open: the kernel gives the lowest number
-                    for oldest in list(self.clients.values())[:2]:  # as a client has two descriptors at the most
-                        self.close(oldest, dropped_for="too many clients")
                 self.clients[client.connection] = client
                 client.conversation = self.deliver(client) if client.is_reply else self.receive_rest(client)
+                self.files += client.files
                 self.advance(client)
             else:
                 self.poller.unregister(self.from_workers)
@@ -1205,14 +1202,16 @@ class Keeper:
             self.close(client)
             return
         events, client.until, held = wait
-        if events:
-            watch = self.poller.modify if client.events else self.poller.register
-            watch(client.connection, events | select.EPOLLONESHOT)
+        if events != client.events:
+            if client.events:  # closing it later is not enough: a message in flight may hold a copy
+                self.poller.unregister(client.connection)
+            if events:
+                self.poller.register(client.connection, events)
             client.events = events
         self.look_at = min(self.look_at, client.until)
         self.numbers[self.BYTES] += held - client.held
         client.held = held
-        self.drop_for_bytes()
+        self.drop_oldest()
 
     def receive_rest(self, client: Client) -> Iterator[Wait]:
         """Receive the rest of a text, and have it wait for a worker; or refuse it."""
@@ -1287,16 +1286,18 @@ class Keeper:
         if now >= self.look_at:
             for client in [client for client in self.clients.values() if client.until <= now]:
                 self.advance(client)
-            self.drop_for_bytes()
             self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
+            self.drop_oldest()
 
-    def drop_for_bytes(self) -> None:
-        """Drop the oldest clients while too many bytes are held; never the newest, nor one that reads its reply."""
+    def drop_oldest(self) -> None:
+        """Drop the oldest clients while over a bound; never the newest, nor, over bytes, one that reads its reply."""
         most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
-        if self.numbers[self.BYTES] <= most:
+        if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
             return
         for client in list(self.clients.values())[:-1]:
-            if client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
+            if self.files > self.most_files:
+                self.close(client, dropped_for="too many clients")
+            elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
                 self.close(client, dropped_for="too many bytes")
         self.look_at = min(self.look_at, now + 1.0)
 
@@ -1319,9 +1320,10 @@ class Keeper:
         if dropped_for:
             log("-", f"Client: {client.name}; Dropped: {dropped_for}.")
         if client.events:
-            self.poller.unregister(client.connection)  # closing is not enough: a message in flight may hold a copy
+            self.poller.unregister(client.connection)
         self.numbers[self.BYTES] -= client.held
-        client.conversation = None
+        self.files -= client.files
+        client.conversation, client.data = None, b""  # it may be in self.texts still
         del self.clients[client.connection]
         client.close()
 
@@ -1339,7 +1341,7 @@ class Keeper:
         self.end_by = self.stopped_at + 0.9 * self.settings.grace
         self.channels.stop_listening()
         for client in list(self.clients.values()):
-            if client.until < math.inf:
+            if client.events:  # until when it waits was set before the stop
                 self.advance(client)
 
     def finished(self) -> bool:
@@ -1353,7 +1355,6 @@ class Keeper:
 
 
 # ---- Generation ---------------------------------------------------------------------
-
 
 def load_generation(generation: Generation) -> Life | None:
     """Import the handler, in a process that the manager has just forked; then be the supervisor of its workers."""
@@ -1373,8 +1374,7 @@ def load_generation(generation: Generation) -> Life | None:
     reset_signals()
     handle_signals(do_nothing, {signal.SIGCHLD})
     printed.end_line()
-
-    send_message(generation.childs_end, "imported")
+    send_message(generation.childs_end, "imported")  # the descriptors come now, so no process of the module's has them
     readable(None, generation.childs_end)
     _, files = read_message(generation.childs_end)
     if not files:
@@ -1430,10 +1430,9 @@ def fault_of(handler: Any) -> str:
         return "is not there"
     if isinstance(handler, type) or not callable(handler):
         return "is not a function"
-    if inspect.iscoroutinefunction(handler) or inspect.isasyncgenfunction(handler):
-        return "is async"
-    if inspect.isgeneratorfunction(handler):
-        return "is a generator function"
+    if any(is_kind(handler) for is_kind in (inspect.iscoroutinefunction, inspect.isasyncgenfunction,
+                                            inspect.isgeneratorfunction)):
+        return "is async, or a generator"
     with suppress(ValueError):  # some built-in functions do not tell
         try:
             inspect.signature(handler).bind("")
@@ -1451,7 +1450,7 @@ def write_files(at_end: bool = True) -> None:
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, (io.TextIOBase, io.BufferedIOBase))}
     for file in [each for each in objects if type(each) in kinds]:
         with suppress(Exception):  # it is closed, detached, or a class of the handler's own
-            if file.writable():  # a thread that did not survive the fork may hold the lock of one that is only read
+            if file.writable():  # else let it be: a thread that did not survive the fork may hold its lock
                 WRITABLE.append(file)
     WRITABLE.sort(key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io"))
     for file in WRITABLE:
@@ -1484,7 +1483,7 @@ class Supervisor:
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
         self.up = False  # whether as many workers as wanted have come to accept clients
-        self.drain_by = math.inf
+        self.draining = False  # workers that end have no successors any more
         self.worker: Worker | None = None  # in a worker: what it is
         self.signals = Signals()
         handle_signals(self.catch, {signal.SIGTERM})
@@ -1492,18 +1491,18 @@ class Supervisor:
 
     def run(self) -> Life | None:
         """Keep workers until told to drain or to stop; in a worker just forked, return its life."""
-        while self.children or self.drain_by == math.inf:
+        while self.children or not self.draining:
             if child := self.spawn_missing():
                 return child
             if not self.up and len(self.generation.slots(ACCEPTING, ENDING)) >= self.generation.settings.workers:
                 self.up = True
                 send_message(self.channel, "up")
-            steady = self.up and self.drain_by == math.inf and not (self.vacant_until or self.generation.slots(ENDING))
+            steady = self.up and not (self.draining or self.vacant_until or self.generation.slots(ENDING))
             self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
             self.read_orders()
             self.reap()
             for pid, slot in self.children.items():
-                if time.monotonic() >= min(slot[END_BY], self.drain_by):
+                if time.monotonic() >= slot[END_BY]:
                     os.kill(pid, signal.SIGKILL)
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # the module's threads and exit functions have 1 s
         return None
@@ -1513,7 +1512,7 @@ class Supervisor:
         now = time.monotonic()
         self.vacant_until = [until for until in self.vacant_until if until > now]
         there = len(self.vacant_until) + len(self.generation.slots(FORKED, ACCEPTING))
-        missing = self.generation.settings.workers - there if self.drain_by == math.inf else 0
+        missing = 0 if self.draining else self.generation.settings.workers - there
         for slot in self.generation.slots(VACANT)[:max(0, missing)]:
             slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = FORKED, 0, 0, 0, math.inf
             try:
@@ -1533,7 +1532,7 @@ class Supervisor:
         """Drain when the next generation serves.  The end of the channel is the stop, which workers see themselves."""
         if self.channel == -1 or not readable(0, self.channel):
             return
-        self.drain_by = min(self.drain_by, time.monotonic() + self.generation.settings.grace)
+        self.draining = True
         if read_message(self.channel)[0] == "drain":
             for pid in self.children:
                 os.kill(pid, signal.SIGTERM)
@@ -1552,7 +1551,7 @@ class Supervisor:
             if ended:
                 del self.children[pid]
                 self.reap_worker(pid, slot, status)
-            elif slot[STATE] == ENDING and not slot[CALLED]:
+            elif self.draining or (slot[STATE] == ENDING and not slot[CALLED]):
                 slot[END_BY] = min(slot[END_BY], time.monotonic() + self.generation.settings.grace)
 
     def reap_worker(self, pid: int, slot: memoryview[float], status: int) -> None:
@@ -1562,7 +1561,7 @@ class Supervisor:
         kill_group(pid)  # what its handler has forked may outlive it; the processes of a pool wait for ever
         cause = "unknown" if status == -1 else cause_of_death(status)
         end = f"Died. ({cause})"
-        if cause == "SIGKILL" and time.monotonic() >= min(slot[END_BY], self.drain_by):
+        if cause == "SIGKILL" and time.monotonic() >= slot[END_BY]:
             end = "Killed. (still running after the grace)"
         elif cause == "SIGALRM" and called:
             end = f"Killed. (handler ran longer than {self.generation.settings.handler_timeout:g} s)"
@@ -1583,9 +1582,9 @@ class Supervisor:
 # ---- Worker -------------------------------------------------------------------------
 
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
-A_MOMENT = 0.001  # s in which the half-close nearly always follows the text
-IMPATIENCE = 0.005  # s without such waits after one that was in vain
-PATIENCE = struct.pack("ll", 1, 0)  # s and us with a keeper that takes no clients, because it is stopped, or has died
+A_MOMENT = 0.001  # s that a worker waits for the half-close, which nearly always comes by then
+IMPATIENCE = 0.005  # s without such a wait after one that was in vain
+PATIENCE = struct.pack("qq", 1, 0)  # s and us with a keeper that takes no clients, because it is suspended, or has died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -1606,7 +1605,7 @@ class Worker:
         self.client: Client | None = None  # being served
         self.impatient_until = 0.0
         if self.handler is not text_length:
-            # After its report on where the handler hangs it lets SIGALRM end the worker.
+            # With CHAIN, SIGALRM ends the worker after the report on where the handler hangs.
             faulthandler.register(signal.SIGALRM, file=2, chain=True)
             disown()
             os.register_at_fork(after_in_child=self.let_fork_go)
@@ -1619,13 +1618,13 @@ class Worker:
         if not self.supervisor.up:
             self.wake_supervisor()
         poller, listener, from_keeper = select.epoll(), self.listener.fileno(), self.from_keeper.fileno()
-        # A client wakes one of the workers that wait (epoll_ctl(2)).  That one may be busy with a new client for long;
-        # so a text from the keeper wakes all of them.
+        # A client wakes one of the workers that wait (epoll_ctl(2)).  Where a handler may keep that one busy for long,
+        # a text from the keeper wakes all of them.
         poller.register(listener, IN | select.EPOLLEXCLUSIVE)
         poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
         for file in (self.signals.reading, self.supervisor.stopping, self.supervisor.lifeline):
             poller.register(file, IN)
-        # Its number done, it serves on while settings.workers others are ending; at a stop, until no more texts come.
+        # Its number done, it serves on while others leave no room for a successor; at a stop, until no more texts come.
         stopping = self.supervisor.stopping
         while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):
@@ -1698,7 +1697,7 @@ class Worker:
             refuse(client, str(why) or "not enough memory")
         except OSError as why:
             if client.data or client.memfd != -1:
-                log("-", f"Client: {client.name}; Lost: {why.strerror or why}.", pid=self.pid)
+                log("-", f"Client: {client.name}; Lost: {why.strerror or why}.")
             return
         finally:
             if not client.is_reply:
@@ -1707,10 +1706,10 @@ class Worker:
         try:
             self.deliver(client)
         except OSError as why:
-            log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.", pid=self.pid)
+            log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.")
         client.close()  # sends what was held back, in one packet with the FIN
         if started:
-            log("-", "Client Query Processing Ended.", pid=self.pid)
+            log("-", "Client Query Processing Ended.")
 
     def receive_text(self, client: Client) -> bytes | None:
         """Return a whole text; or None, and the keeper is to see to the rest."""
@@ -1740,7 +1739,7 @@ class Worker:
         if wanted != "life":
             shown = text[:LOGGED] if wanted == "texts" else ""
             log("-", "Client Query Processing Started.",
-                f"Client: {client.name}; Received Text{':' if wanted == 'texts' else '.'}", pid=self.pid, text=shown)
+                f"Client: {client.name}; Received Text{':' if wanted == 'texts' else '.'}", text=shown)
             if len(text) > LOGGED and shown:
                 log("-", f"Logged {LOGGED} of {len(text)} Characters.")
 
@@ -1757,6 +1756,8 @@ class Worker:
                 raise TypeError(f"handler returned {type(reply).__name__}, expected str")
             return b"%d %b\n" % (self.pid, str.encode(reply))
         except BaseException as why:  # SystemExit too: no text ends a worker
+            if isinstance(why, SystemExit) and os.getpid() != self.pid:
+                os._exit(why.code if isinstance(why.code, int) else why.code is not None)
             log_traceback("Handler Failed:", why)
             raise Failure("handler failed") from None
         finally:
@@ -1779,7 +1780,7 @@ class Worker:
     def give_up(self, why: str) -> NoReturn:
         """Exit for want of resources; but not as ENDING, so the next worker comes after a delay."""
         log("*", why)
-        self.slot[END_BY] = time.monotonic() + self.settings.grace
+        self.slot[END_BY] = min(self.slot[END_BY], time.monotonic() + self.settings.grace)
         sys.exit()
 
     def wake_supervisor(self) -> None:

@@ -297,15 +297,15 @@ def test_a_fork_holds_neither_port_nor_lock(service: Service, forks: None, end: 
     assert service.ask("x").endswith(" your text size: 1\n")
 
 
-@pytest.mark.parametrize("leave", ["reply = 'not sent'", "raise RuntimeError", "sys.exit()"])
-def test_a_fork_that_leaves_the_handler_ends_there(service: Service, forks: None, leave: str) -> None:
-    service.expected += FAILED
+@pytest.mark.parametrize(("leave", "status"), [("reply = 'not sent'", 0), ("raise LookupError", 0), ("sys.exit(3)", 3)])
+def test_a_fork_that_leaves_the_handler_ends_there(service: Service, forks: None, leave: str, status: int) -> None:
+    service.expected += FAILED if "raise" in leave else []
     worker = start_one(service, "-n", "3")
-    text = f"if not os.fork():\n    note(f'{{os.getpid()}} 0', 'forks')\n    {leave}"
-    for number in (1, 2):
-        assert service.ask(text) == f"{worker} done\n"
-        wait_for_forks(service, number)
-        wait_until(lambda: not any(map(alive, made(service))), "the fork to end")
+    text = (f"if not (fork := os.fork()):\n    note(f'{{os.getpid()}} 0', 'forks')\n    {leave}\n"
+            "else:\n    reply = f'{os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])}'")
+    for _ in range(2):
+        assert service.ask(text) == f"{worker} {status}\n"
+    assert len(made(service)) == 2
     assert service.ask("") == f"{worker} done\n"
     assert service.ask("").endswith(" done\n")
     wait_until(lambda: not alive(worker), "the worker to end")

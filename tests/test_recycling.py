@@ -110,7 +110,7 @@ def test_slow_ends_do_not_stall_the_service(service: Service) -> None:
             longest = max(longest, time.monotonic() - began)
             most = max(most, count_workers(service))
             time.sleep(0.02)
-    assert longest < 1  # where nobody serves, it is up to 1.5 s
+    assert longest < 1  # if all ended at the same time, a text would wait for up to 1.5 s
     assert 3 < most <= 6
     ended = [int(line) for line in (service.home / "ended").read_text().split()]
     assert len(ended) >= 3

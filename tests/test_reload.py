@@ -57,7 +57,7 @@ def test_new_code_is_seen_though_its_files_are_as_long_and_as_old(
     def write(word: str) -> None:
         (service.home / "ours" / "words.py").write_text(f"WORD = {word!r}")
         (service.home / "ours" / "main.py").write_text(
-            "import helper\nfrom .words import WORD\ndef handle(text):\n    import helper  # found at the import\n"
+            "import helper\nfrom .words import WORD\ndef handle(text):\n    import helper  # not one edited since\n"
             f"    return f'{word} {{WORD}} {{helper.WORD}}'")
         service.write_handler(f"WORD = {word!r}", "helper")
         for file in (*service.home.glob("ours/*.py"), service.home / "helper.py"):
@@ -107,7 +107,7 @@ def test_what_cannot_change_needs_a_restart_and_the_rest_is_applied(service: Ser
 
 # ---- Or nothing of it --------------------------------------------------------------------
 
-BAD = {  # the configuration's further line, service.py, and a pattern for why not
+BAD = {  # a further line of the configuration; service.py ("": a good one, None: none); a pattern for why not
     **{name: ("", source, why) for name, (source, why) in HARMFUL.items()},
     "no TOML": ("grace = ", "", "bad configuration .*/daemontest.toml: expected TOML.*"),
     "a value out of range": ("grace = -1", "", "bad configuration .*/daemontest.toml: grace: .*"),
@@ -197,7 +197,7 @@ def test_hups_under_load_lose_no_request(service: Service) -> None:
             handler.say(f"word {number}")
             os.kill(manager, signal.SIGHUP)
             quick.wait_for(5)
-            assert len(service.generations() & service.generations()) <= 2, "who is seen by two looks was there between"
+            assert len(service.generations() & service.generations()) <= 2, "seen by both looks, so at one time"
         wait_until(lambda: replies(service, 1) == {"word 9"}, "the last word")
     assert slow.failures == quick.failures == []
     assert slow.replies
@@ -244,7 +244,7 @@ def test_each_of_several_commands_returns_when_its_own_change_is_in_force(servic
 # ---- While the new module is being imported ------------------------------------------------
 
 @pytest.mark.parametrize("how", ["sleep", "deaf"])
-def test_meanwhile_the_old_serves_and_a_hup_starts_the_import_afresh(service: Service, how: str) -> None:
+def test_during_an_import_the_old_serves_and_a_hup_starts_it_afresh(service: Service, how: str) -> None:
     service.expected.append(r"Child Process Died\. \(SIGKILL\)")
     handler = HeldImport(service)
     manager = service.start("-w", "2", "-n", "3", *HANDLER)
@@ -252,20 +252,20 @@ def test_meanwhile_the_old_serves_and_a_hup_starts_the_import_afresh(service: Se
     handler.say("new")
     handler.hold(how)
     reloading = service.popen("--reload")
-    given_up = handler.wait_for(2)
-    assert service.generations() == {*generation, given_up}
+    first_import = handler.wait_for(2)
+    assert service.generations() == {*generation, first_import}
     assert replies(service, 10) == {"old"}, "10 texts take four workers"
     killed = max(wait_until(lambda: len(service.workers()) == 2 and service.workers(), "two workers"))  # the newest
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: len(service.workers() - {killed}) == 2, "another worker")
     assert replies(service) == {"old"}
     assert service.run("--status").stdout == f"{manager}\n"
-    assert alive(given_up)
+    assert alive(first_import)
     handler.say("newer")
     handler.hold("sleep")
     os.kill(manager, signal.SIGHUP)
     handler.wait_for(3)
-    wait_until(lambda: not alive(given_up), "the import that is given up to end", HASTE)
+    wait_until(lambda: not alive(first_import), "the import that is given up to end", HASTE)
     assert reloading.poll() is None
     handler.release()
     assert reloading.communicate(timeout=50) == (f"daemontest.py: {manager} reloaded\n", "")
@@ -276,7 +276,7 @@ def test_meanwhile_the_old_serves_and_a_hup_starts_the_import_afresh(service: Se
 
 @pytest.mark.parametrize("how", ["sleep", "deaf"])
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_service_that_stops_meanwhile_is_a_failure(service: Service, end: signal.Signals, how: str) -> None:
+def test_a_service_that_stops_during_an_import_is_a_failure(service: Service, end: signal.Signals, how: str) -> None:
     handler = HeldImport(service)
     manager = service.start("-w", "2", *HANDLER)
     handler.hold(how)
