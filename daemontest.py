@@ -125,7 +125,7 @@ def indented(text: str) -> str:
 
 def printable(text: str, kept: str = "\u3000") -> str:  # a space that isprintable() denies
     """Return TEXT with non-printing characters, except those KEPT, and \\ escaped as in a Python string literal."""
-    if text.replace(kept[0], "").isprintable() and "\\" not in text:
+    if text.replace(kept[0], "").isprintable() and "\\" not in text:  # the usual case
         return text
     return "".join(c if c in kept or (c.isprintable() and c != "\\") else c.encode("unicode_escape").decode()
                    for c in text)
@@ -182,7 +182,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.lock = self.line = -1  # the manager's descriptors of the file, and of PATH.reloads, which is one line
+        self.lock = self.told = -1  # the manager's descriptors of the file, and of PATH.reloads, which is one line
         self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
 
     def claim(self) -> None:
@@ -207,7 +207,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Write the PID of this process.  DaemonContext calls this after its last fork; claim() took the lock."""
         with suppress(FileNotFoundError):
             os.unlink(f"{self.path}.reloads")
-        self.line = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
+        self.told = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
         os.write(self.lock, b"%d\n" % os.getpid())
 
     def tell_reload(self, outcome: str = "") -> None:
@@ -216,8 +216,8 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         self.reloads = (begun, begun, printable(outcome)[:2000]) if outcome else (begun + 1, ended, last)
         line = "{} {} {}\n".format(*self.reloads).encode(errors="backslashreplace")
         with suppress(OSError):  # a full disk must not end the manager
-            os.pwrite(self.line, line, 0)
-            os.truncate(self.line, len(line))
+            os.pwrite(self.told, line, 0)
+            os.truncate(self.told, len(line))
 
     def reload_is_pending(self) -> bool:
         return self.reloads[0] > self.reloads[1]
@@ -234,11 +234,11 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Have the manager reload, and wait until that is over; return its PID.  Raise Failure."""
         pid, process = self.find_manager()
         with failing_to(f"read {self.path}.reloads"):
-            line = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
-            begun = int(os.pread(line, 8192, 0).partition(b" ")[0] or 0)
-        self.signal_manager(signal.SIGHUP)
+            told = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
+            begun = int(os.pread(told, 8192, 0).partition(b" ")[0] or 0)
+        self.signal_manager(signal.SIGHUP)  # only now, since what has begun before is not ours
         while not readable(0.01, process):
-            found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(line, 8192, 0))
+            found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(told, 8192, 0))
             if found and int(found[1]) > begun:
                 if found[2] == b"ok":
                     return pid
@@ -268,7 +268,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                         # A stranger may have locked a leftover file.  Whom /proc hides from us, we cannot signal.
                         with suppress(FileNotFoundError):
                             if os.stat(f"/proc/{pid}").st_uid != owner:
-                                raise OSError(f"process {pid} does not belong to its owner")
+                                raise OSError(f"process {pid} does not belong to the file's owner")
                         if not take_lock(file.fileno(), fcntl.LOCK_SH) and os.pread(file.fileno(), 20, 0) == content:
                             return pid, process  # otherwise the number may mean another process by now
         raise Failure(f"not running (PID file {self.path})", exit_status)
@@ -339,11 +339,11 @@ class Signals:
         return []
 
 
-def handle_signals(handler: Any, signals: set[signal.Signals]) -> None:
+def handle_signals(action: Any, signals: set[signal.Signals]) -> None:
     for signum in signals:
-        signal.signal(signum, handler)
-        if callable(handler):
-            signal.siginterrupt(signum, False)  # for the sake of C code that handlers call
+        signal.signal(signum, action)
+        if callable(action):
+            signal.siginterrupt(signum, False)  # for the sake of C code that the service's handler calls
 
 
 def reset_signals() -> None:
@@ -515,9 +515,9 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 # ---- Command line -------------------------------------------------------------------
 
 def main() -> None:
-    """Do what the command line says.  A forked child returns its life to here, to leave its parent's stack."""
+    """Do what the command line says.  What a process does next is returned to here, off its parent's stack."""
     try:
-        # Open those of descriptors 0 to 2 that the parent left closed, before other files take their places.
+        # Open those of descriptors 0 to 2 that the parent left closed, and a spare one, before other files do.
         while os.open(os.devnull, os.O_RDWR) < 2:
             pass
         for number, name in enumerate(("stdin", "stdout", "stderr")):  # which DaemonContext expects to be there
@@ -527,7 +527,6 @@ def main() -> None:
         atexit.register(os._exit, 0)  # called last: the interpreter exits as usual, but takes no modules apart
         while life:
             life = life()
-        return
     except (Failure, KeyboardInterrupt) as why:
         write_lines(f"{PROGRAM}: {printable(str(why) or 'interrupted')}\n")  # to standard error, or the launcher
         os._exit(why.exit_status if isinstance(why, Failure) else 1)
@@ -686,7 +685,7 @@ def open_listener(settings: Settings) -> tuple[socket.socket, bool]:
         dual = not settings.bind and socket.has_dualstack_ipv6()
         found: list[Any] = sorted(socket.getaddrinfo(settings.bind or None, settings.port, type=socket.SOCK_STREAM,
                                                      flags=socket.AI_PASSIVE))
-        family, _, _, _, address = found[-1 if dual else 0]  # IPv4, if the name has such an address
+        family, _, _, _, address = found[-1 if dual else 0]  # [0] is IPv4, if the name has such
     try:
         return socket.create_server(address, family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=dual), True
     except OSError as why:
@@ -707,7 +706,7 @@ class Channels:
             # Connections inherit it (tcp(7)): the end of a reply and FIN share a packet, which is worth 6 per cent.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         self.listener, self.listener_is_ours = listener.detach(), listener_is_ours
-        # Clients on their way from the workers to the keeper, and, when their texts are whole, on their way back.
+        # Slow clients go from workers to keeper, those with whole texts go back.  An _in is where they are read.
         slow_in, slow_out = seqpacket_pair()
         whole_in, whole_out = seqpacket_pair()
         stopping_in, stopping_out = os.pipe()  # which nobody writes to: it ends when the manager stops, or is killed
@@ -730,7 +729,7 @@ class Channels:
 
 RESPAWN_DELAY = 1.0  # s until a process that died is replaced; for the keeper, since its last fork
 TICK = 0.05  # s between two checks for what is due, while anything is pending
-MARGIN = 2.0  # s; at a stop clients end at 0.9 grace, workers at 1, the generation a MARGIN later, the keeper two
+MARGIN = 2.0  # s; at a stop clients end at 0.9 grace, workers at grace, generations + MARGIN, the keeper + 2 MARGIN
 
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
@@ -794,8 +793,8 @@ class Generation(Child):
 #   What becomes of a generation
 #
 #               it is up         it fails, exits     HUP                stop       grace is over
-#     LOADING   SERVING; the     told why; nothing   killed; the next   killed     -
-#               last one drains  has changed         one begins
+#     LOADING   SERVING; the     the first: a stop;  killed; the next   killed     -
+#               old one drains   else as before      one begins
 #     SERVING   -                the next one        the next one       LEAVING    -
 #                                begins after 1 s    begins
 #     LEAVING   -                forgotten           the next one       goes on    killed
@@ -874,7 +873,7 @@ class Manager:
             told = f"{os.getpid()} started, {workers} workers on port {self.settings.port}\nready"
             with suppress(OSError):  # the launcher has just gone; the service serves
                 os.write(self.terminal, told.encode())
-            os.dup2(0, self.terminal, inheritable=False)
+            os.dup2(0, self.terminal, inheritable=False)  # /dev/null
         self.phase = Phase.SERVING
 
     def fork_missing(self) -> Life | None:
@@ -882,11 +881,14 @@ class Manager:
         now = time.monotonic()
         if self.phase is Phase.STOPPING:
             return None
-        try:
-            if not self.keeper.pid and now >= self.keeper.forked_at + RESPAWN_DELAY:
-                self.keeper = Child(2)
+        if not self.keeper.pid and now >= self.keeper.forked_at + RESPAWN_DELAY:
+            self.keeper = Child(2)
+            try:
                 if self.keeper.fork():
                     return lambda: Keeper(self.channels, self.keeper, self.settings).run()
+            except Failure as why:
+                log("*", f"Keeper Failed: {why}")
+        try:
             if self.in_state(State.LOADING) or len(self.generations) == 2:
                 return None
             if self.reload_wanted or (not self.in_state(State.SERVING) and now >= self.not_before):
@@ -1048,7 +1050,7 @@ class Manager:
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
-OPEN_SIDE_BYTES = 2000  # what the original read at the most, from clients that keep their sending side open
+OPEN_SIDE_BYTES = 2000  # what the Perl original read at the most, from clients that keep their side open
 HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
 
 
@@ -1060,10 +1062,9 @@ class Client:
         self.connection, self.name, self.half_closed, self.is_reply = connection, name, half_closed, is_reply
         self.data, self.memfd = data, memfd
         self.files = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
-        # In the keeper only: its conversation; what that waits for (see Wait); and until when the client counts as one
-        # that reads its reply, and so is not dropped for its bytes.
+        # In the keeper only: its conversation, and what that waits for (see Wait).
         self.conversation: Iterator[Wait] | None = None
-        self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
+        self.events, self.until, self.held = 0, math.inf, 0
 
     def send(self, channel: socket.socket) -> None:
         """Send this client through CHANNEL to another process.  Raise BlockingIOError if it is full, or OSError."""
@@ -1096,7 +1097,7 @@ class Client:
             return file.read()
 
     def close(self) -> None:
-        files, self.connection, self.memfd = (self.connection, self.memfd), -1, -1  # first: a thread may fork meanwhile
+        files, self.connection, self.memfd = (self.connection, self.memfd), -1, -1  # first: let_fork_go() may close it
         for file in files:
             if file != -1:
                 os.close(file)
@@ -1120,7 +1121,7 @@ def refuse(client: Client, reason: str) -> None:
 
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
 SPARE_DESCRIPTORS = 32
-LINGER = 1.0  # s of silence after which a client that has its reply, but keeps its side open, is closed
+IDLE = 1.0  # s after which a client is taken not to read its reply, or, if it has that but keeps its side open, closed
 LAST_CALL = 0.1  # s in which workers, at a stop, pass on what they have accepted
 
 Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a worker), until when, and the bytes held
@@ -1167,7 +1168,6 @@ class Keeper:
                     self.take_clients()
             self.advance_late()
             self.pass_texts_on()
-            self.numbers[self.CLIENTS] = len(self.clients)
         log("*", "Keeper Process Ended.")
 
     def take_clients(self) -> None:
@@ -1182,6 +1182,7 @@ class Keeper:
                 continue
             if client:
                 self.clients[client.connection] = client
+                self.numbers[self.CLIENTS] += 1
                 client.conversation = self.deliver(client) if client.is_reply else self.receive_rest(client)
                 self.files += client.files
                 self.advance(client)
@@ -1230,7 +1231,7 @@ class Keeper:
                         raise Failure(f"text longer than {self.settings.max_text} bytes")
                 now = time.monotonic()
                 if len(client.data) > before:
-                    silent_since, quiet_at = now, math.inf
+                    silent_since, quiet_at = now, math.inf  # not silent now; the next round sets it anew
                 client.half_closed = piece == b""
                 if client.half_closed or now >= quiet_at:
                     break
@@ -1253,16 +1254,17 @@ class Keeper:
 
     def deliver(self, client: Client) -> Iterator[Wait]:
         """Send a reply, as fast as the client reads it.  Then, if it keeps its side open, wait for the end of that."""
-        until, sent = time.monotonic() + self.settings.timeout, 0
+        until, sent, held = time.monotonic() + self.settings.timeout, 0, 0
         size = len(client.data) if client.memfd == -1 else os.fstat(client.memfd).st_size
         try:
             while sent < size:
-                client.reads_until = time.monotonic() + 1.0
-                yield OUT, min(until, self.end_by), size - sent
+                yield OUT, min(until, self.end_by, time.monotonic() + IDLE), held
                 try:
                     sent += (os.write(client.connection, client.data[sent:]) if client.memfd == -1 else
                              os.sendfile(client.connection, client.memfd, sent, size - sent))
+                    held = 0
                 except BlockingIOError:
+                    held = size - sent
                     if time.monotonic() >= min(until, self.end_by):
                         raise TimeoutError("timed out") from None
             if client.half_closed:
@@ -1270,11 +1272,11 @@ class Keeper:
             # To close with data unread resets the connection (RFC 2525, 2.17), and can destroy the reply in flight.
             with socket.socket(fileno=os.dup(client.connection)) as connection:
                 connection.shutdown(socket.SHUT_WR)
-            quiet_at = time.monotonic() + LINGER
+            quiet_at = time.monotonic() + IDLE
             while time.monotonic() < min(until, self.end_by, quiet_at):
                 yield IN, min(until, self.end_by, quiet_at), 0
                 if piece := receive_some(client.connection):
-                    quiet_at = time.monotonic() + LINGER
+                    quiet_at = time.monotonic() + IDLE
                 elif piece is not None:
                     return
         except OSError as why:
@@ -1287,19 +1289,17 @@ class Keeper:
             for client in [client for client in self.clients.values() if client.until <= now]:
                 self.advance(client)
             self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
-            self.drop_oldest()
 
     def drop_oldest(self) -> None:
-        """Drop the oldest clients while over a bound; never the newest, nor, over bytes, one that reads its reply."""
-        most, now = TEXTS_HELD * self.settings.max_text, time.monotonic()
+        """Drop the oldest clients while there are too many, or too many bytes are held; never the newest."""
+        most = TEXTS_HELD * self.settings.max_text
         if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
             return
         for client in list(self.clients.values())[:-1]:
             if self.files > self.most_files:
                 self.close(client, dropped_for="too many clients")
-            elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
+            elif client.held and self.numbers[self.BYTES] > most:
                 self.close(client, dropped_for="too many bytes")
-        self.look_at = min(self.look_at, now + 1.0)
 
     def pass_texts_on(self) -> None:
         """Send whole texts to the workers, as many as the channel takes."""
@@ -1321,6 +1321,7 @@ class Keeper:
             log("-", f"Client: {client.name}; Dropped: {dropped_for}.")
         if client.events:
             self.poller.unregister(client.connection)
+        self.numbers[self.CLIENTS] -= 1
         self.numbers[self.BYTES] -= client.held
         self.files -= client.files
         client.conversation, client.data = None, b""  # it may be in self.texts still
@@ -1475,7 +1476,7 @@ class Supervisor:
     def __init__(self, generation: Generation, handler: Handler, files: list[int]) -> None:
         self.generation, self.channel = generation, generation.childs_end
         self.handler, self.stopping = handler, files.pop()
-        self.sockets = [socket.socket(fileno=file) for file in files]  # made here, once for all workers
+        self.sockets = [socket.socket(fileno=file) for file in files]  # listener, to keeper, from it: for all workers
         for end, blocking in zip(self.sockets, (False, True, False), strict=True):
             end.setblocking(blocking)  # whatever default the handler's module has set
         self.sockets[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, PATIENCE)
@@ -1537,7 +1538,7 @@ class Supervisor:
             for pid in self.children:
                 os.kill(pid, signal.SIGTERM)
             return
-        for end in self.sockets:
+        for end in self.sockets:  # the last copies but the workers' own, with which from_workers ends
             end.close()
         os.close(self.channel)
         self.channel = -1
@@ -1552,7 +1553,7 @@ class Supervisor:
                 del self.children[pid]
                 self.reap_worker(pid, slot, status)
             elif self.draining or (slot[STATE] == ENDING and not slot[CALLED]):
-                slot[END_BY] = min(slot[END_BY], time.monotonic() + self.generation.settings.grace)
+                slot[END_BY] = min(slot[END_BY], time.monotonic() + self.generation.settings.grace)  # it begins now
 
     def reap_worker(self, pid: int, slot: memoryview[float], status: int) -> None:
         state, called, slot[STATE] = slot[STATE], slot[CALLED], VACANT
@@ -1600,10 +1601,9 @@ class Worker:
         self.slot, self.pid = slot, os.getpid()
         self.listener, self.to_keeper, self.from_keeper = supervisor.sockets
         self.signals = Signals()
-        self.requests_left = self.settings.max_requests
+        self.requests_left, self.impatient_until = self.settings.max_requests, 0.0
         self.leaving = False  # it is to exit
         self.client: Client | None = None  # being served
-        self.impatient_until = 0.0
         if self.handler is not text_length:
             # With CHAIN, SIGALRM ends the worker after the report on where the handler hangs.
             faulthandler.register(signal.SIGALRM, file=2, chain=True)
@@ -1618,13 +1618,13 @@ class Worker:
         if not self.supervisor.up:
             self.wake_supervisor()
         poller, listener, from_keeper = select.epoll(), self.listener.fileno(), self.from_keeper.fileno()
-        # A client wakes one of the workers that wait (epoll_ctl(2)).  Where a handler may keep that one busy for long,
-        # a text from the keeper wakes all of them.
+        # A client wakes one waiting worker (epoll_ctl(2)).  A text from the keeper wakes all, where a handler may keep
+        # the one that is woken busy with a client first.
         poller.register(listener, IN | select.EPOLLEXCLUSIVE)
         poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
         for file in (self.signals.reading, self.supervisor.stopping, self.supervisor.lifeline):
             poller.register(file, IN)
-        # Its number done, it serves on while others leave no room for a successor; at a stop, until no more texts come.
+        # Its number done, it serves on while as many are ENDING as there may be; at a stop, until no more texts come.
         stopping = self.supervisor.stopping
         while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):
@@ -1639,7 +1639,7 @@ class Worker:
             if from_keeper in ready:
                 self.take_text()
             if self.signals.reading in ready and not self.leaving:
-                self.signals.take()
+                self.signals.take()  # what woke it; but the byte of SIGTERM stays for the record below
             if self.supervisor.lifeline in ready:
                 self.leaving = True
         if signal.SIGTERM in self.signals.take():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A benchmark: daemontest beside servers of the standard library that do the same job.
 
-    .venv/bin/python tests/bench.py [--rounds N] [--requests N] [--large N] [--only REGEX]
+    .venv/bin/python tests/bench.py [--rounds N] [--requests N] [--large N]
     .venv/bin/python tests/bench.py --slow [--rounds N] [--requests N]
 
 Each server in turn is started anew, warmed up, and driven by 16 clients in processes of their own: one poem for each
@@ -302,25 +302,20 @@ def main() -> None:
                         help="for each server in each round; for the slowest a part of it (default: 8000)")
     parser.add_argument("--large", type=int, default=160, metavar="N", help="texts of 1 MiB (default: 160; 0: none)")
     parser.add_argument("--slow", action="store_true", help="measure with slow clients instead")
-    parser.add_argument("--only", default="", metavar="REGEX", help="measure only the servers whose name this matches")
     options = parser.parse_args()
-    servers = [server for server in SERVERS if re.match(options.only, server.name)]
-    rows: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
-
-    context = multiprocessing.get_context("fork")
-    with context.Pool(CLIENTS) as clients:
+    rows: dict[str, list[dict[str, float]]] = {server.name: [] for server in SERVERS}
+    with multiprocessing.get_context("fork").Pool(CLIENTS) as clients:
         if options.slow:
             print_slow_tables(clients, options.rounds, options.requests)
             return
         for _ in range(options.rounds):
-            for server in servers:
+            for server in SERVERS:
                 try:
                     row = measure(clients, server, options.requests, options.large)
                 except (OSError, ValueError, RuntimeError, psutil.Error) as why:
                     sys.exit(f"bench.py: {server.name}: {why}")
                 rows[server.name].append(row)
-                row["CPU x"] = row["CPU us"] / rows[servers[0].name][-1]["CPU us"]
-
+                row["CPU x"] = row["CPU us"] / rows[SERVERS[0].name][-1]["CPU us"]
     print_table(rows, COLUMNS)
 
 

@@ -233,8 +233,7 @@ class Service:
     def trouble(self) -> list[str]:
         """The log's lines about faults that the test did not expect."""
         signs = re.compile(r"Traceback|Died|Killed|Failed|Cannot|Error\b")
-        return [line for line in self.log.split("\n")
-                if not line.startswith("     ") and signs.search(line)
+        return [line for line in self.log.split("\n") if not line.startswith("     ") and signs.search(line)
                 and not any(re.search(pattern, line) for pattern in self.expected)]
 
 

@@ -46,10 +46,9 @@ def hang(service: Service, *texts: str) -> dict[int, socket.socket]:
 
 
 def kill_generation(service: Service) -> int:
-    """Kill the one generation in a state in which it cannot say farewell; its PID."""
+    """Kill the one generation; its PID."""
     service.expected.append(r"Generation Died\. \(SIGKILL\)")
     generation = service.generation()
-    os.kill(generation, signal.SIGSTOP)
     os.kill(generation, signal.SIGKILL)
     return generation
 
@@ -196,7 +195,7 @@ def test_a_dead_generation_is_started_anew_a_second_later_and_nothing_is_lost(se
     assert not service.records("Child Process Died")
 
 
-def test_the_next_generation_goes_on_when_the_last_one_dies_before_it_has_left(service: Service) -> None:
+def test_the_next_generation_goes_on_when_the_previous_one_dies_while_it_drains(service: Service) -> None:
     with draining(service) as (last, _, reloading, finish):
         new = service.generations() - {last}
         os.kill(last, signal.SIGKILL)
@@ -233,7 +232,7 @@ def test_signals_count_while_a_dead_generations_successor_is_imported(service: S
     kill_generation(service)
     given_up = handler.wait_for(2)
     handler.say("new")
-    handler.hold("sleep")
+    handler.hold("sleep")  # those imports that follow
     reloading = service.popen("--reload")
     handler.wait_for(3)
     wait_until(lambda: not alive(given_up), "the import that is given up to end")

@@ -187,7 +187,7 @@ def test_standard_input_is_empty_and_commands_find_what_a_shell_gives(service: S
     show = "for n in $(seq 0 30); do [ -e /proc/$$/fd/$n ] && echo -n $n,; done; grep Sig[BI] /proc/self/status"
     reply = service.ask(f"shown = subprocess.run({show!r}, shell=True, stdout=-1, close_fds=False, text=True).stdout\n"
                         "reply = repr(sys.stdin.read()) + ' ' + shown")
-    _, read, descriptors, blocked, _, ignored = reply.split()
+    _, read, descriptors, blocked, _, ignored = reply.split()  # echo -n leaves SigBlk: on its line
     assert (read, descriptors, blocked) == ("''", "0,1,2,SigBlk:", 16 * "0")
     assert int(ignored, 16) & ~(3 << 31) == 0  # 32 and 33 are glibc's own
 
@@ -381,7 +381,7 @@ def test_an_endless_end_is_killed_after_the_grace(service: Service, what: str, h
     assert service.ask(ENDLESS[what]) == f"{worker} done\n"
     began = time.monotonic()
     leave(service, worker, how)
-    assert 0.5 < time.monotonic() - began < 15  # half of the grace that there is without being told
+    assert 0.5 < time.monotonic() - began < 15  # half of the default grace
     [record] = service.wait_for_records("Child Process Killed")
     assert (record["message"], int(record["pid"])) == (KILLED.replace("\\", ""), worker)
 

@@ -138,8 +138,7 @@ def test_its_socket_is_used_whatever_the_settings_name_and_none_of_it_reaches_th
         service: Service, notified: NotifySocket) -> None:
     service.write_handler(SHOW_ENVIRONMENT)
     with listener(service.port) as ours, listener() as other:
-        daemon = hand_over(service, ours, arguments=(
-            "--handler", "service:handle", "-p", str(other.getsockname()[1])))
+        daemon = hand_over(service, ours, arguments=("--handler", "service:handle", "-p", str(other.getsockname()[1])))
         names = service.ask("x").split()
         assert MARK in names
         assert [name for name in names if name.startswith(("NOTIFY_", "LISTEN_"))] == []
@@ -168,8 +167,7 @@ def test_anything_but_one_listening_tcp_socket_is_refused_at_once(
     assert not service.pid_file.exists()
 
 
-def test_a_socket_that_outlives_restarts_under_load_loses_no_request(
-        service: Service, notified: NotifySocket) -> None:
+def test_a_socket_that_outlives_restarts_under_load_loses_no_request(service: Service, notified: NotifySocket) -> None:
     with listener(service.port) as ours, Load(service, pause=0.01) as load:
         for _ in range(3):
             daemon = hand_over(service, ours, arguments=("-w", "2", "-n", "50"))

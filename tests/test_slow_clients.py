@@ -256,6 +256,16 @@ def test_at_the_bound_of_bytes_the_oldest_are_dropped(service: Service, held: He
     assert service.processes() == processes
 
 
+def test_replies_that_are_read_do_not_count_as_held(service: Service, held: Held) -> None:
+    start(service, "-w", "1", "--timeout", "40", "--max-text", "4000")  # so at most 64,000 bytes may be held
+    with ThreadPoolExecutor() as pool, service.begin(b"reply 100000000") as reader:
+        reading = pool.submit(lambda: [time.sleep(0.01) for _ in range(1000) if reader.recv(100_000)])
+        for client in begin_slowly(service, 3):
+            assert finish(client).endswith(FINISHED)
+        assert not reading.done()
+        reader.shutdown(socket.SHUT_RDWR)
+
+
 def memory(pid: int) -> int:
     """Bytes that are the process's own."""
     return int(psutil.Process(pid).memory_full_info().uss)

@@ -70,7 +70,7 @@ def test_stop_waits_for_texts_that_have_begun_and_lets_the_silent_go(service: Se
     with ExitStack() as stack:
         silent = [stack.enter_context(service.connect()) for _ in range(5)]
         for client in silent:
-            client.send(b"!", socket.MSG_OOB)  # wakes whoever waits for data, but is none
+            client.send(b"!", socket.MSG_OOB)  # no data, but it ends TCP_DEFER_ACCEPT, so the keeper gets them
         slow = stack.enter_context(service.connect())
         slow.sendall(BEGUN)
         wait_until(lambda: service.kept()[0] == 6, "the keeper to have them")

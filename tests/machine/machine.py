@@ -152,9 +152,8 @@ def booted() -> Iterator[Machine]:
     start = ('echo 0 > "$1/cgroup.procs" && shift && '
              'exec unshare --pid --fork --kill-child --mount --net --uts --ipc --cgroup "$@"')
     with log.open("wb") as console:
-        unshared = subprocess.Popen(
-            ["sh", "-c", start, "sh", group, "sh", str(BOOT), base, sys.base_prefix],
-            stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True)
+        unshared = subprocess.Popen(["sh", "-c", start, "sh", group, "sh", str(BOOT), base, sys.base_prefix],
+                                    stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True)
     try:
         machine = Machine(find_systemd(unshared, log))
         wait_until(lambda: machine.run("systemctl is-system-running").stdout in ("running\n", "degraded\n"), "its boot")
