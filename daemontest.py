@@ -123,7 +123,7 @@ def indented(text: str) -> str:
     return "    " + printable(text.removesuffix("\n"), "\n\u3000").replace("\n", "\n    ") + "\n" if text else ""
 
 
-def printable(text: str, kept: str = "\u3000") -> str:  # a space that isprintable() denies
+def printable(text: str, kept: str = "\u3000") -> str:  # CJK's space: not isprintable()
     """Return TEXT with non-printing characters, except those KEPT, and \\ escaped as in a Python string literal."""
     if text.replace(kept[0], "").isprintable() and "\\" not in text:  # the usual case
         return text
@@ -132,7 +132,7 @@ def printable(text: str, kept: str = "\u3000") -> str:  # a space that isprintab
 
 
 def log_traceback(message: str, why: BaseException) -> None:
-    """Log the traceback of WHY, cut in the middle if it is long: it may hold a client's text."""
+    """Log the traceback of WHY, cut in the middle if it is long, as a client's text makes it."""
     text = f"{type(why).__name__}, which cannot be printed"
     with suppress(BaseException):  # the handler's own exception may fail to say what it is
         text = "".join(traceback.format_exception(why))
@@ -182,7 +182,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.lock = self.told = -1  # the manager's descriptors of the file, and of PATH.reloads, which is one line
+        self.lock = self.outcome = -1  # the manager's descriptors of the file, and of PATH.reloads, which is one line
         self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
 
     def claim(self) -> None:
@@ -194,20 +194,20 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     raise Failure(f"cannot start: already running (PID file {self.path})")
                 if not re.fullmatch(rb"\s*\S{0,32}\s*", os.pread(file, 2**20, 0)):
                     raise OSError("not a PID file, since it holds more than a number")
-                if os.fstat(file).st_uid != os.geteuid():
+                if take_lock(file, fcntl.LOCK_EX) and self.is_at_path(file):
+                    if os.fstat(file).st_uid == os.geteuid():
+                        os.truncate(file, 0)
+                        os.fchmod(file, 0o644)
+                        self.lock = file
+                        return
                     os.unlink(self.path)  # left over by another user: only root comes here
-                elif take_lock(file, fcntl.LOCK_EX) and self.is_at_path(file):
-                    os.truncate(file, 0)
-                    os.fchmod(file, 0o644)
-                    self.lock = file
-                    return
                 os.close(file)
 
     def acquire(self, timeout: float | None = None) -> None:
         """Write the PID of this process.  DaemonContext calls this after its last fork; claim() took the lock."""
         with suppress(FileNotFoundError):
             os.unlink(f"{self.path}.reloads")
-        self.told = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
+        self.outcome = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
         os.write(self.lock, b"%d\n" % os.getpid())
 
     def tell_reload(self, outcome: str = "") -> None:
@@ -216,8 +216,8 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         self.reloads = (begun, begun, printable(outcome)[:2000]) if outcome else (begun + 1, ended, last)
         line = "{} {} {}\n".format(*self.reloads).encode(errors="backslashreplace")
         with suppress(OSError):  # a full disk must not end the manager
-            os.pwrite(self.told, line, 0)
-            os.truncate(self.told, len(line))
+            os.pwrite(self.outcome, line, 0)
+            os.truncate(self.outcome, len(line))
 
     def reload_is_pending(self) -> bool:
         return self.reloads[0] > self.reloads[1]
@@ -234,11 +234,11 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Have the manager reload, and wait until that is over; return its PID.  Raise Failure."""
         pid, process = self.find_manager()
         with failing_to(f"read {self.path}.reloads"):
-            told = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
-            begun = int(os.pread(told, 8192, 0).partition(b" ")[0] or 0)
+            file = self.open_for(os.O_RDONLY, f"{self.path}.reloads")
+            begun = int(os.pread(file, 8192, 0).partition(b" ")[0] or 0)
         self.signal_manager(signal.SIGHUP)  # only now, since what has begun before is not ours
         while not readable(0.01, process):
-            found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(told, 8192, 0))
+            found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(file, 8192, 0))
             if found and int(found[1]) > begun:
                 if found[2] == b"ok":
                     return pid
@@ -265,7 +265,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
                     with suppress(ProcessLookupError):  # it has just ended
                         pid, owner = int(content), os.fstat(file.fileno()).st_uid
                         process = os.pidfd_open(pid)
-                        # A stranger may have locked a leftover file.  Whom /proc hides from us, we cannot signal.
+                        # A stranger may have locked a leftover file.  What /proc hides, we cannot signal.
                         with suppress(FileNotFoundError):
                             if os.stat(f"/proc/{pid}").st_uid != owner:
                                 raise OSError(f"process {pid} does not belong to the file's owner")
@@ -291,7 +291,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
 
 def retries() -> Iterator[None]:
-    """Yield every 2 ms for 4 s, longer than a manager takes to start, or a command to ask; then raise OSError."""
+    """Yield every 2 ms for 4 s, longer than a start takes, or a command's look at it; then raise OSError."""
     end = time.monotonic() + 4.0
     while time.monotonic() < end:
         yield
@@ -311,7 +311,7 @@ def take_lock(file: int, kind: int) -> bool:
 # What the manager's loop reads; what it ignores; what the others ignore (but a worker handles TERM, and ALRM kills it).
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
-OTHERS_MEANINGLESS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
+MEANINGLESS_TO_OTHERS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
 
 Handler = Callable[[str], str]
 Life = Callable[[], Any]  # what a process does next; it returns what comes after that, or None
@@ -339,7 +339,7 @@ class Signals:
         return []
 
 
-def handle_signals(action: Any, signals: set[signal.Signals]) -> None:
+def set_signals(action: Any, signals: set[signal.Signals]) -> None:
     for signum in signals:
         signal.signal(signum, action)
         if callable(action):
@@ -349,8 +349,8 @@ def handle_signals(action: Any, signals: set[signal.Signals]) -> None:
 def reset_signals() -> None:
     """Set what signals mean in all processes but the manager."""
     signal.set_wakeup_fd(-1)
-    handle_signals(do_nothing, OTHERS_MEANINGLESS)
-    handle_signals(signal.SIG_DFL, {signal.SIGCHLD, signal.SIGALRM})
+    set_signals(do_nothing, MEANINGLESS_TO_OTHERS)
+    set_signals(signal.SIG_DFL, {signal.SIGCHLD, signal.SIGALRM})
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
@@ -515,9 +515,9 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 # ---- Command line -------------------------------------------------------------------
 
 def main() -> None:
-    """Do what the command line says.  What a process does next is returned to here, off its parent's stack."""
+    """Do what the command line says.  A forked process unwinds to here, and goes on with the life it returned."""
     try:
-        # Open those of descriptors 0 to 2 that the parent left closed, and a spare one, before other files do.
+        # Open descriptors 0 to 2, if the parent left them closed, before other files take these numbers.
         while os.open(os.devnull, os.O_RDWR) < 2:
             pass
         for number, name in enumerate(("stdin", "stdout", "stderr")):  # which DaemonContext expects to be there
@@ -729,7 +729,7 @@ class Channels:
 
 RESPAWN_DELAY = 1.0  # s until a process that died is replaced; for the keeper, since its last fork
 TICK = 0.05  # s between two checks for what is due, while anything is pending
-MARGIN = 2.0  # s; at a stop clients end at 0.9 grace, workers at grace, generations + MARGIN, the keeper + 2 MARGIN
+MARGIN = 2.0  # s; at a stop clients end at 0.9 grace, workers at grace, then, MARGIN apart, generations and keeper
 
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
@@ -823,8 +823,8 @@ class Manager:
         log("*", f"Daemon Server Started. Prefork Workers: {self.settings.workers}.",
             f"Max Requests per Child: {self.settings.max_requests}",
             f"daemontest {__version__}, Python {sys.version.split()[0]}")
-        handle_signals(signal.SIG_IGN, MEANINGLESS)
-        handle_signals(do_nothing, MANAGER_SIGNALS)
+        set_signals(signal.SIG_IGN, MEANINGLESS)
+        set_signals(do_nothing, MANAGER_SIGNALS)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         gc.freeze()  # a collection would touch, and so copy, memory that all processes share
         while self.phase is not Phase.STOPPING or self.generations or self.keeper.pid:
@@ -882,7 +882,6 @@ class Manager:
         if self.phase is Phase.STOPPING:
             return None
         if not self.keeper.pid and now >= self.keeper.forked_at + RESPAWN_DELAY:
-            self.keeper = Child(2)
             try:
                 if self.keeper.fork():
                     return lambda: Keeper(self.channels, self.keeper, self.settings).run()
@@ -899,7 +898,7 @@ class Manager:
                 if generation.fork():
                     return lambda: load_generation(generation)
                 self.generations.append(generation)
-        except Failure as why:
+        except (Failure, OSError) as why:
             self.loading_failed(str(why))
         return None
 
@@ -975,7 +974,7 @@ class Manager:
             end = "Killed. (still running after the grace" if late else f"Died. ({cause_of_death(status)}"
             log("*", f"Keeper Process {end}; {keeper.numbers[Keeper.CLIENTS]:.0f} clients lost)", pid=keeper.pid)
         keeper.close()
-        keeper.pid = 0
+        keeper.pid = keeper.numbers[Keeper.CLIENTS] = keeper.numbers[Keeper.BYTES] = 0
 
     def reap_generation(self, generation: Generation, status: int) -> None:
         self.read_messages()  # its last words
@@ -1003,7 +1002,8 @@ class Manager:
         self.notify("stopping", "STOPPING=1\n")
         self.channels.stop_listening()
         self.channels.close()
-        end = time.monotonic() + self.settings.grace + MARGIN
+        graces = [self.settings.grace, *(generation.settings.grace for generation in self.generations)]
+        end = time.monotonic() + max(graces) + MARGIN
         self.kill_loading()
         for generation in self.generations:
             generation.state, generation.kill_at = State.LEAVING, min(generation.kill_at, end)
@@ -1061,7 +1061,7 @@ class Client:
                  data: Any = b"", memfd: int = -1) -> None:
         self.connection, self.name, self.half_closed, self.is_reply = connection, name, half_closed, is_reply
         self.data, self.memfd = data, memfd
-        self.files = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
+        self.descriptors = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
         # In the keeper only: its conversation, and what that waits for (see Wait).
         self.conversation: Iterator[Wait] | None = None
         self.events, self.until, self.held = 0, math.inf, 0
@@ -1097,14 +1097,14 @@ class Client:
             return file.read()
 
     def close(self) -> None:
-        files, self.connection, self.memfd = (self.connection, self.memfd), -1, -1  # first: let_fork_go() may close it
+        files, self.connection, self.memfd = (self.connection, self.memfd), -1, -1  # first, lest a fork close it again
         for file in files:
             if file != -1:
                 os.close(file)
 
 
 def receive_some(connection: int) -> bytes | None:
-    """Return what has come: nothing at the end, None if nothing has come yet.  Raise OSError."""
+    """Return what has come: b"" at the end, None if nothing has come yet.  Raise OSError."""
     try:
         return os.read(connection, RECEIVE_BYTES)
     except BlockingIOError:
@@ -1121,7 +1121,7 @@ def refuse(client: Client, reason: str) -> None:
 
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
 SPARE_DESCRIPTORS = 32
-IDLE = 1.0  # s after which a client is taken not to read its reply, or, if it has that but keeps its side open, closed
+IDLE = 1.0  # s after which an unread reply counts as held, and a client that has its reply, and its side open, ends
 LAST_CALL = 0.1  # s in which workers, at a stop, pass on what they have accepted
 
 Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a worker), until when, and the bytes held
@@ -1140,14 +1140,14 @@ class Keeper:
         begin_process("daemontest-keep", child.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        self.files, self.most_files = 0, max(limit - SPARE_DESCRIPTORS, limit // 2)  # that clients take
+        self.descriptors, self.most_descriptors = 0, max(limit - SPARE_DESCRIPTORS, limit // 2)  # that clients take
         self.channels, self.settings = channels, settings
         self.orders, self.numbers = child.childs_end, child.numbers
         self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
         self.poller = select.epoll()
         self.clients: dict[int, Client] = {}  # by descriptor, those held longest first
         self.texts: deque[Client] = deque()  # whole ones that wait for a worker
-        self.look_at = self.stopped_at = math.inf  # when some client may be late; when the stop began
+        self.next_look = self.stopped_at = math.inf  # when some client may be late; when the stop began
         self.end_by = math.inf  # when clients are cut off at a stop, before workers that wait for us are killed
         self.connected = True  # whether there are workers
 
@@ -1156,8 +1156,8 @@ class Keeper:
         self.poller.register(self.from_workers, IN)
         self.poller.register(self.orders, IN)
         self.poller.register(self.to_workers, select.EPOLLONESHOT)  # for nothing yet; for OUT when it is full
-        while not self.finished():
-            look_in = max(0.0, self.look_at - time.monotonic()) if self.stopped_at == math.inf else TICK
+        while not self.finish():
+            look_in = max(0.0, self.next_look - time.monotonic()) if self.stopped_at == math.inf else TICK
             for file, _ in self.poller.poll(None if look_in == math.inf else look_in):
                 client = self.clients.get(file)
                 if client and client.events:  # otherwise it has gone on meanwhile, and waits for a worker
@@ -1177,14 +1177,14 @@ class Keeper:
                 client = Client.from_channel(self.from_workers)
             except BlockingIOError:
                 return
-            except OSError as why:  # for want of descriptors, since long replies take one more
+            except OSError as why:  # no descriptor is left for it, or for its memfd
                 log("-", f"Client Lost: {why.strerror}.")
                 continue
             if client:
                 self.clients[client.connection] = client
                 self.numbers[self.CLIENTS] += 1
                 client.conversation = self.deliver(client) if client.is_reply else self.receive_rest(client)
-                self.files += client.files
+                self.descriptors += client.descriptors
                 self.advance(client)
             else:
                 self.poller.unregister(self.from_workers)
@@ -1209,7 +1209,7 @@ class Keeper:
             if events:
                 self.poller.register(client.connection, events)
             client.events = events
-        self.look_at = min(self.look_at, client.until)
+        self.next_look = min(self.next_look, client.until)
         self.numbers[self.BYTES] += held - client.held
         client.held = held
         self.drop_oldest()
@@ -1224,7 +1224,7 @@ class Keeper:
                 before, quiet_at = len(client.data), math.inf
                 if 0 < before <= OPEN_SIDE_BYTES:
                     quiet_at = silent_since + (0.1 if client.data.endswith(b"\n") else 1.0)
-                yield IN, min(until, self.end_by, quiet_at), before
+                yield IN, min(until, self.end_by, quiet_at if before else self.stopped_at), before
                 while piece := receive_some(client.connection):
                     client.data += piece
                     if len(client.data) > self.settings.max_text:
@@ -1285,18 +1285,18 @@ class Keeper:
     def advance_late(self) -> None:
         """Advance the clients whose time is up, at most every 10 ms, since each look goes through all of them."""
         now = time.monotonic()
-        if now >= self.look_at:
+        if now >= self.next_look:
             for client in [client for client in self.clients.values() if client.until <= now]:
                 self.advance(client)
-            self.look_at = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
+            self.next_look = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
 
     def drop_oldest(self) -> None:
         """Drop the oldest clients while there are too many, or too many bytes are held; never the newest."""
         most = TEXTS_HELD * self.settings.max_text
-        if self.files <= self.most_files and self.numbers[self.BYTES] <= most:
+        if self.descriptors <= self.most_descriptors and self.numbers[self.BYTES] <= most:
             return
         for client in list(self.clients.values())[:-1]:
-            if self.files > self.most_files:
+            if self.descriptors > self.most_descriptors:
                 self.close(client, dropped_for="too many clients")
             elif client.held and self.numbers[self.BYTES] > most:
                 self.close(client, dropped_for="too many bytes")
@@ -1323,7 +1323,7 @@ class Keeper:
             self.poller.unregister(client.connection)
         self.numbers[self.CLIENTS] -= 1
         self.numbers[self.BYTES] -= client.held
-        self.files -= client.files
+        self.descriptors -= client.descriptors
         client.conversation, client.data = None, b""  # it may be in self.texts still
         del self.clients[client.connection]
         client.close()
@@ -1342,10 +1342,10 @@ class Keeper:
         self.end_by = self.stopped_at + 0.9 * self.settings.grace
         self.channels.stop_listening()
         for client in list(self.clients.values()):
-            if client.events:  # until when it waits was set before the stop
+            if client.events:  # its deadline was set before the stop
                 self.advance(client)
 
-    def finished(self) -> bool:
+    def finish(self) -> bool:
         """Return whether the service stops and no client is left; tell the workers when no more texts come."""
         if self.stopped_at == math.inf:
             return False
@@ -1373,7 +1373,7 @@ def load_generation(generation: Generation) -> Life | None:
     # Undo what the handler's module may have done to this process.
     signal.setitimer(signal.ITIMER_REAL, 0)
     reset_signals()
-    handle_signals(do_nothing, {signal.SIGCHLD})
+    set_signals(do_nothing, {signal.SIGCHLD})
     printed.end_line()
     send_message(generation.childs_end, "imported")  # the descriptors come now, so no process of the module's has them
     readable(None, generation.childs_end)
@@ -1383,8 +1383,8 @@ def load_generation(generation: Generation) -> Life | None:
     log_to(generation.log_file)
     write_files(at_end=False)  # now, and not once more by every worker
     supervisor = Supervisor(generation, handler, files)
-    # Once it has freed a block of 4 MiB, malloc keeps what long texts took for the next one, instead of giving it back
-    # and having it filled with zeros anew (mallopt(3)): texts of 1 MiB take 0.6 of the processor time.
+    # Having freed a block of 4 MiB, malloc keeps the memory of a long text for the next, instead of giving it back and
+    # having it filled with zeros anew (mallopt(3)): texts of 1 MiB take 0.6 of the processor time.
     bytes(2**22)
     gc.freeze()  # a collection in a worker would touch, and so copy, all the memory it shares
     return supervisor.run()
@@ -1483,27 +1483,27 @@ class Supervisor:
         self.lifeline = os.pidfd_open(os.getpid())  # by which the workers see that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
-        self.up = False  # whether as many workers as wanted have come to accept clients
-        self.draining = False  # workers that end have no successors any more
+        self.up = False  # whether all workers wanted have begun to accept clients
+        self.drain_by = math.inf  # when those workers are killed that have not ended; they have no successors then
         self.worker: Worker | None = None  # in a worker: what it is
         self.signals = Signals()
-        handle_signals(self.catch, {signal.SIGTERM})
+        set_signals(self.catch, {signal.SIGTERM})
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for workers, until they are ready for it
 
     def run(self) -> Life | None:
         """Keep workers until told to drain or to stop; in a worker just forked, return its life."""
-        while self.children or not self.draining:
+        while self.children or self.drain_by == math.inf:
             if child := self.spawn_missing():
                 return child
             if not self.up and len(self.generation.slots(ACCEPTING, ENDING)) >= self.generation.settings.workers:
                 self.up = True
                 send_message(self.channel, "up")
-            steady = self.up and not (self.draining or self.vacant_until or self.generation.slots(ENDING))
+            steady = self.up and self.drain_by == math.inf and not (self.vacant_until or self.generation.slots(ENDING))
             self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
-            self.read_orders()
             self.reap()
+            self.read_orders()
             for pid, slot in self.children.items():
-                if time.monotonic() >= slot[END_BY]:
+                if time.monotonic() >= min(slot[END_BY], self.drain_by):
                     os.kill(pid, signal.SIGKILL)
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # the module's threads and exit functions have 1 s
         return None
@@ -1513,7 +1513,7 @@ class Supervisor:
         now = time.monotonic()
         self.vacant_until = [until for until in self.vacant_until if until > now]
         there = len(self.vacant_until) + len(self.generation.slots(FORKED, ACCEPTING))
-        missing = 0 if self.draining else self.generation.settings.workers - there
+        missing = self.generation.settings.workers - there if self.drain_by == math.inf else 0
         for slot in self.generation.slots(VACANT)[:max(0, missing)]:
             slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = FORKED, 0, 0, 0, math.inf
             try:
@@ -1533,12 +1533,12 @@ class Supervisor:
         """Drain when the next generation serves.  The end of the channel is the stop, which workers see themselves."""
         if self.channel == -1 or not readable(0, self.channel):
             return
-        self.draining = True
+        self.drain_by = min(self.drain_by, time.monotonic() + self.generation.settings.grace)
         if read_message(self.channel)[0] == "drain":
             for pid in self.children:
                 os.kill(pid, signal.SIGTERM)
             return
-        for end in self.sockets:  # the last copies but the workers' own, with which from_workers ends
+        for end in self.sockets:  # now only workers hold copies; from_workers ends with theirs
             end.close()
         os.close(self.channel)
         self.channel = -1
@@ -1552,20 +1552,18 @@ class Supervisor:
             if ended:
                 del self.children[pid]
                 self.reap_worker(pid, slot, status)
-            elif self.draining or (slot[STATE] == ENDING and not slot[CALLED]):
-                slot[END_BY] = min(slot[END_BY], time.monotonic() + self.generation.settings.grace)  # it begins now
 
     def reap_worker(self, pid: int, slot: memoryview[float], status: int) -> None:
         state, called, slot[STATE] = slot[STATE], slot[CALLED], VACANT
         if state == ENDING and not status:
             return
-        kill_group(pid)  # what its handler has forked may outlive it; the processes of a pool wait for ever
+        kill_group(pid)  # else what its handler has forked outlives it: a pool's processes for ever
         cause = "unknown" if status == -1 else cause_of_death(status)
         end = f"Died. ({cause})"
-        if cause == "SIGKILL" and time.monotonic() >= slot[END_BY]:
-            end = "Killed. (still running after the grace)"
-        elif cause == "SIGALRM" and called:
+        if cause == "SIGALRM" and called:
             end = f"Killed. (handler ran longer than {self.generation.settings.handler_timeout:g} s)"
+        elif cause in ("SIGALRM", "SIGKILL") and time.monotonic() >= min(slot[END_BY], self.drain_by):
+            end = "Killed. (still running after the grace)"
         log("*", f"Child Process {end}", pid=pid)
         if state in (FORKED, ACCEPTING):
             self.vacant_until.append(time.monotonic() + RESPAWN_DELAY)
@@ -1585,7 +1583,7 @@ class Supervisor:
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
 A_MOMENT = 0.001  # s that a worker waits for the half-close, which nearly always comes by then
 IMPATIENCE = 0.005  # s without such a wait after one that was in vain
-PATIENCE = struct.pack("qq", 1, 0)  # s and us with a keeper that takes no clients, because it is suspended, or has died
+PATIENCE = struct.pack("qq", 1, 0)  # (s, µs) to wait for a keeper that takes no clients: it is suspended, or has died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -1618,13 +1616,13 @@ class Worker:
         if not self.supervisor.up:
             self.wake_supervisor()
         poller, listener, from_keeper = select.epoll(), self.listener.fileno(), self.from_keeper.fileno()
-        # A client wakes one waiting worker (epoll_ctl(2)).  A text from the keeper wakes all, where a handler may keep
-        # the one that is woken busy with a client first.
+        # A client wakes one waiting worker (epoll_ctl(2)).  A text from the keeper wakes all if there is a handler,
+        # since the one woken may be busy with a client.
         poller.register(listener, IN | select.EPOLLEXCLUSIVE)
         poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
         for file in (self.signals.reading, self.supervisor.stopping, self.supervisor.lifeline):
             poller.register(file, IN)
-        # Its number done, it serves on while as many are ENDING as there may be; at a stop, until no more texts come.
+        # Past its number, it serves on while no more may be ENDING, and at a stop until no more texts come.
         stopping = self.supervisor.stopping
         while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):
@@ -1648,6 +1646,8 @@ class Worker:
         log("*", f"Child Process Ended. ({max(0, self.requests_left)})")
         if self.handler is text_length:
             os._exit(0)  # nothing is to be finished
+        self.slot[END_BY] = time.monotonic() + self.settings.grace  # for exit functions, and the handler's threads
+        signal.setitimer(signal.ITIMER_REAL, self.settings.grace)  # also if the supervisor is dead
         self.wake_supervisor()
 
     def accept_clients(self) -> None:
@@ -1680,7 +1680,7 @@ class Worker:
 
     def serve(self, client: Client, get_text: Callable[[Client], bytes | None]) -> None:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
-        self.client, started = client, False
+        self.client, logged = client, False
         try:
             if (text := get_text(client)) is None:
                 client.send(self.to_keeper)
@@ -1689,7 +1689,7 @@ class Worker:
             whole = text.decode()
             text = client.data = b""  # it may be large
             self.log_text(client, whole)
-            started = self.settings.log != "life"
+            logged = self.settings.log != "life"
             client.data, client.is_reply = self.handle(whole), True
         except UnicodeDecodeError as why:
             refuse(client, f"text is not UTF-8 at byte offset {why.start}")
@@ -1708,7 +1708,7 @@ class Worker:
         except OSError as why:
             log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.")
         client.close()  # sends what was held back, in one packet with the FIN
-        if started:
+        if logged:
             log("-", "Client Query Processing Ended.")
 
     def receive_text(self, client: Client) -> bytes | None:
@@ -1780,7 +1780,7 @@ class Worker:
     def give_up(self, why: str) -> NoReturn:
         """Exit for want of resources; but not as ENDING, so the next worker comes after a delay."""
         log("*", why)
-        self.slot[END_BY] = min(self.slot[END_BY], time.monotonic() + self.settings.grace)
+        signal.setitimer(signal.ITIMER_REAL, self.settings.grace)
         sys.exit()
 
     def wake_supervisor(self) -> None:

@@ -50,7 +50,8 @@ def free_port() -> int:
     """A port nobody uses, below the range from which the kernel takes ports for outgoing connections."""
     while True:
         port = random.randrange(12000 + PARALLEL, 32000, 16)
-        with suppress(OSError), socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True):
+        with suppress(OSError), socket.socket(socket.AF_INET6) as probe:  # TIME-WAIT counts as used, too
+            probe.bind(("::", port))
             return port
 
 

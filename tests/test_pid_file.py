@@ -1,4 +1,4 @@
-"""The PID file's lock says whether the service runs: a leftover blocks nothing, and the file costs nobody anything."""
+"""The PID file's lock says whether the service runs: a leftover blocks nothing, a stranger's file loses nothing."""
 
 import fcntl
 import os
@@ -88,7 +88,7 @@ def test_leftover_is_not_running_not_signalled_and_not_in_the_way(
 
 
 def test_directory_may_be_reached_by_a_link_and_is_left_empty(service: Service) -> None:
-    """As /var/run is."""
+    """Such a link is /var/run."""
     (service.home / "real").mkdir()
     (service.home / "run").symlink_to("real")
     path = service.home / "run" / "daemontest.pid"
@@ -115,7 +115,7 @@ def test_file_with_more_than_a_word_is_refused_and_left_as_it_is(service: Servic
     (lambda path: path.parent.touch(), "below/pid", "Not a directory"),
     (lambda path: None, "nowhere/pid", "No such file or directory"),
 ], ids=["directory", "FIFO", "below a file", "nowhere"])
-def test_pid_file_that_cannot_be_is_told(service: Service, make: Callable[[Path], None], name: str, why: str) -> None:
+def test_impossible_pid_file_is_reported(service: Service, make: Callable[[Path], None], name: str, why: str) -> None:
     make(service.home / name)
     assert_all_fail(service, service.home / name, f"{service.home / name}: {why}")
 
@@ -150,7 +150,7 @@ def test_full_file_system_is_told(service: Service) -> None:
 
 # ---- Strangers ------------------------------------------------------------------------
 
-def test_lock_of_a_stranger_is_one_line_and_no_signal(service: Service, sleep_as: Sleep) -> None:
+def test_stranger_who_holds_the_lock_is_reported_not_signalled(service: Service, sleep_as: Sleep) -> None:
     service.pid_file.touch()
     stranger = sleep_as(os.getuid(), service.pid_file)
     service.pid_file.write_text(f"-{stranger.pid}\n")
@@ -194,7 +194,7 @@ def nobodys(service: Service, shared: Path) -> int:
 
 @needs_root
 @pytest.mark.parametrize(("owner", "named"), [(0, NOBODY), (NOBODY, 0)], ids=["root's file", "nobody's file"])
-def test_no_process_is_signalled_that_is_not_the_files_owners(service: Service, shared: Path, sleep_as: Sleep,
+def test_only_processes_of_the_files_owner_are_signalled(service: Service, shared: Path, sleep_as: Sleep,
                                                              owner: int, named: int) -> None:
     shared.touch(0o644)
     os.chown(shared, owner, -1)

@@ -19,7 +19,7 @@ def ask(service: Service) -> int:
 
 
 def count_workers(service: Service) -> int:
-    """Return how many workers there are: a look takes time, but who is seen by two was there between them."""
+    """Return how many workers there are: those whom two looks see were there at one time."""
     return len(service.workers() & service.workers())
 
 
@@ -51,13 +51,13 @@ def test_under_load_no_request_is_lost_and_there_are_at_most_twice_the_workers(s
     assert most <= 6
 
 
-def test_client_without_a_text_costs_no_text(service: Service) -> None:
+def test_client_without_a_text_does_not_count(service: Service) -> None:
     service.start("-w", "1", "-n", "4", "--timeout", "0.5")
     [worker] = service.workers()
     with ExitStack() as stack:
         silent = [stack.enter_context(service.connect()) for _ in range(6)]
         for client in silent[:3]:
-            client.send(b"!", socket.MSG_OOB)  # wakes whoever waits for data, but is none
+            client.send(b"!", socket.MSG_OOB)  # it wakes a reader, but there is nothing to read
         assert [read_all(client) for client in silent] == [b""] * 6
     assert [ask(service) for _ in range(4)] == [worker] * 4
     assert ask(service) != worker
@@ -115,7 +115,7 @@ def test_slow_ends_do_not_stall_the_service(service: Service) -> None:
     ended = [int(line) for line in (service.home / "ended").read_text().split()]
     assert len(ended) >= 3
     assert min(served[worker] for worker in ended) >= 5  # none ended early
-    assert max(served.values()) > 5  # while as many were ending as are to serve, others went on
+    assert max(served.values()) > 5  # with three ending already, others went beyond their number
 
 
 def test_worker_told_to_leave_has_one_successor_while_it_ends(service: Service) -> None:

@@ -67,12 +67,12 @@ def test_worker_told_to_leave_is_replaced_at_once(service: Service) -> None:
         wait_until(lambda: len(service.workers() - before) == 1, "a new worker")  # noqa: B023
         waits.append(time.monotonic() - began)
         wait_until(lambda: before - service.workers() == {leaving}, "the old worker to go")  # noqa: B023
-    assert min(waits) < 0.8  # without the second that the place of a worker that died stays empty
+    assert min(waits) < 0.8  # a worker that died is replaced only after 1 s
     assert len(service.records("Caught SIGTERM")) == len(waits)
 
 
 @pytest.mark.parametrize("text", [b"x\n", LONG], ids=["in its handler", "still coming"])
-def test_text_is_answered_whose_worker_is_told_to_leave(service: Service, text: bytes) -> None:
+def test_text_whose_worker_is_told_to_leave_is_answered(service: Service, text: bytes) -> None:
     held = Held(service)
     service.start("-w", "1", "--timeout", "30", *held.arguments)
     [worker] = service.workers()
@@ -91,7 +91,7 @@ def test_text_is_answered_whose_worker_is_told_to_leave(service: Service, text: 
     service.wait_for_new_workers({worker})
 
 
-def test_term_counts_that_comes_before_a_worker_is_set_up(service: Service) -> None:
+def test_term_before_a_worker_is_set_up_counts(service: Service) -> None:
     service.start("-w", "1")
     told: set[int] = set()
     for _ in range(20):
@@ -125,7 +125,7 @@ def test_signals_count_from_the_moment_the_pid_file_is_written(service: Service,
         while not content.endswith("\n"):  # without pauses, not to miss the moment; the test's timeout ends it
             with suppress(FileNotFoundError):
                 content = service.pid_file.read_text()
-        time.sleep(attempt and random.uniform(0, 0.03))  # the moment itself is the stimulus
+        time.sleep(attempt and random.uniform(0, 0.03))  # the timing is what is tested
         os.kill(manager := int(content), signum)
         outcome = (*start.communicate(timeout=30), start.returncode)
         if outcome != ("", "daemontest.py: cannot start: caught SIGTERM\n", 1) or signum == SIGHUP:
@@ -151,7 +151,7 @@ def test_storm_of_signals_under_load_loses_no_request(service: Service) -> None:
             with suppress(IndexError, ProcessLookupError):
                 os.kill(random.choice(sorted(service.workers())), SIGTERM)
                 terms += 1
-            for generation in service.generations():  # those in both looks were all alive at one moment between
+            for generation in service.generations():  # whoever both looks see was alive between them
                 most = max(most, len(service.children(generation) & service.children(generation)))
             time.sleep(0.02)
         load.wait_for(200)
@@ -161,7 +161,7 @@ def test_storm_of_signals_under_load_loses_no_request(service: Service) -> None:
     assert load.failures == []
     assert {reply.partition(b" ")[2] for reply in load.replies} == {b"your text size: 1\n"}
     assert terms > 30
-    assert most <= 10, "twice the workers in each generation"
+    assert most <= 10, "more than twice the workers in a generation"
     wait_until(lambda: len(everybody(service)) == len(service.processes()) == 8, "five workers, and no others")
     assert not service.records("Child Process (Died|Killed)|Generation (Died|Failed)")
 
