@@ -291,7 +291,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
 
 def retries() -> Iterator[None]:
-    """Yield every 2 ms for 4 s, longer than a start takes, or a command's look at it; then raise OSError."""
+    """Yield every 2 ms for 4 s, longer than a start takes, or a command's lock; then raise OSError."""
     end = time.monotonic() + 4.0
     while time.monotonic() < end:
         yield
@@ -515,7 +515,7 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 # ---- Command line -------------------------------------------------------------------
 
 def main() -> None:
-    """Do what the command line says.  A forked process unwinds to here, and goes on with the life it returned."""
+    """Do what the command line says.  A forked child returns its life through its callers to here, to begin."""
     try:
         # Open descriptors 0 to 2, if the parent left them closed, before other files take these numbers.
         while os.open(os.devnull, os.O_RDWR) < 2:
@@ -528,7 +528,7 @@ def main() -> None:
         while life:
             life = life()
     except (Failure, KeyboardInterrupt) as why:
-        write_lines(f"{PROGRAM}: {printable(str(why) or 'interrupted')}\n")  # to standard error, or the launcher
+        write_lines(f"{PROGRAM}: {printable(str(why) or 'interrupted')[:1000]}\n")  # so short that it stays one line
         os._exit(why.exit_status if isinstance(why, Failure) else 1)
     except Exception as why:  # a fault of this program
         log_traceback("Process Failed:", why)
@@ -660,7 +660,7 @@ def await_start(manager: socket.socket) -> None:
     told = manager.recv(65536)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line, _, ready = told.decode(errors="replace").partition("\n")
-    if not ready:
+    if ready != "ready":
         manager.recv(1)  # ends when the manager has exited
         write_lines(told.decode(errors="replace") or f"{PROGRAM}: cannot start: the manager died\n")
         os._exit(1)
@@ -794,7 +794,7 @@ class Generation(Child):
 #
 #               it is up         it fails, exits     HUP                stop       grace is over
 #     LOADING   SERVING; the     the first: a stop;  killed; the next   killed     -
-#               old one drains   else as before      one begins
+#               old one drains   else no change      one begins
 #     SERVING   -                the next one        the next one       LEAVING    -
 #                                begins after 1 s    begins
 #     LEAVING   -                forgotten           the next one       goes on    killed
@@ -995,7 +995,7 @@ class Manager:
             log("*", "Generation Killed. (still running after the grace)", pid=generation.pid)
 
     def stop(self, failure: str = "") -> None:
-        """Stop gracefully, mostly by closing the manager's ends of all channels, as its death would."""
+        """Stop gracefully, mostly by closing the manager's copies of channels, as its death would."""
         if self.phase is Phase.STOPPING:
             return
         self.phase, self.failure, self.has_launcher = Phase.STOPPING, failure, False
@@ -1121,7 +1121,7 @@ def refuse(client: Client, reason: str) -> None:
 
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
 SPARE_DESCRIPTORS = 32
-IDLE = 1.0  # s after which an unread reply counts as held, and a client that has its reply, and its side open, ends
+IDLE = 1.0  # s until an unread reply counts as held, and until a silent client that has its reply is cut off
 LAST_CALL = 0.1  # s in which workers, at a stop, pass on what they have accepted
 
 Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a worker), until when, and the bytes held
@@ -1131,7 +1131,7 @@ class Keeper:
     """The process that keeps every client which would make a worker wait, and passes whole texts to the workers.
 
     A conversation is a generator that yields what it waits for.  At a stop, once no text can become whole any more, the
-    keeper shuts down its channel to the workers; they leave, and the end of from_workers says that no replies come.
+    keeper shuts down to_workers, so the workers leave; with the last one, from_workers ends: no more replies.
     """
 
     CLIENTS, BYTES = range(2)  # numbers that it shares with the manager
@@ -1148,8 +1148,8 @@ class Keeper:
         self.clients: dict[int, Client] = {}  # by descriptor, those held longest first
         self.texts: deque[Client] = deque()  # whole ones that wait for a worker
         self.next_look = self.stopped_at = math.inf  # when some client may be late; when the stop began
-        self.end_by = math.inf  # when clients are cut off at a stop, before workers that wait for us are killed
-        self.connected = True  # whether there are workers
+        self.end_by = math.inf  # when a stop cuts clients off, early enough for workers to leave unkilled
+        self.connected = True  # until from_workers ends
 
     def run(self) -> None:
         log("*", "Keeper Process Started.")
@@ -1405,7 +1405,7 @@ def load_handler(settings: Settings) -> Handler:
     except BaseException as why:  # SystemExit, too
         reason = type(why).__name__
         with suppress(BaseException):  # an exception of the module's own may fail to say what it is
-            reason += f": {why}" if str(why) else ""
+            reason += f": {why}"[:400] if str(why) else ""
         places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(why.__traceback__)]
         own = [each for each in places if each[0].startswith(settings.directory) and "/site-packages/" not in each[0]]
         reason += " ({}, line {})".format(*own[-1]) if own and own[-1][0] != __file__ else ""
@@ -1422,7 +1422,7 @@ def load_handler(settings: Settings) -> Handler:
 
 
 def not_loaded(settings: Settings, why: str) -> str:
-    return f"cannot load handler {settings.handler}: {why[:2000]}"
+    return f"cannot load handler {settings.handler}: {why}"
 
 
 def fault_of(handler: Any) -> str:
@@ -1484,7 +1484,7 @@ class Supervisor:
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
         self.up = False  # whether all workers wanted have begun to accept clients
-        self.drain_by = math.inf  # when those workers are killed that have not ended; they have no successors then
+        self.drain_by = math.inf  # when workers that remain are killed; once it is set, none is replaced
         self.worker: Worker | None = None  # in a worker: what it is
         self.signals = Signals()
         set_signals(self.catch, {signal.SIGTERM})
@@ -1622,7 +1622,7 @@ class Worker:
         poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
         for file in (self.signals.reading, self.supervisor.stopping, self.supervisor.lifeline):
             poller.register(file, IN)
-        # Past its number, it serves on while no more may be ENDING, and at a stop until no more texts come.
+        # Past max_requests, it serves on while too many are ENDING, and at a stop until no more texts come.
         stopping = self.supervisor.stopping
         while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):

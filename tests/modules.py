@@ -20,6 +20,7 @@ LOAD = "cannot load handler service:handle: "
 HARMFUL = {
     "raises": ("import helper\n1 / 0", LOAD + r"ZeroDivisionError: division by zero \(/.*/service\.py, line 2\)"),
     "exits": ("import helper\nraise SystemExit(0)", LOAD + r"SystemExit: 0 \(/.*/service\.py, line 2\)"),
+    "has much to say": ("raise ValueError('あ' * 2000)", LOAD + r"ValueError: あ{398} \(/.*, line 1\)"),
     "leaves with 0": ("import helper, os\nos._exit(0)", LOAD + r".*\(exit status 0\)"),
     "segfaults": ("import ctypes\nctypes.string_at(0)", LOAD + r".*\(SIGSEGV\)"),
     "waits for a child": ("import os\nos.wait()", LOAD + r"ChildProcessError: .*\(/.*/service\.py, line 2\)"),
@@ -88,5 +89,4 @@ def draining(service: Service) -> Iterator[tuple[int, int, subprocess.Popen[str]
         def finish() -> None:
             held.release()
             assert read_all(client) == b"%d let through\n" % busy
-
         yield last, busy, reloading, finish

@@ -106,7 +106,7 @@ def test_it_is_found_where_the_command_was_started(service: Service) -> None:
 
 def test_it_is_found_beside_the_configuration_file_before_all_other_places(service: Service) -> None:
     (service.home / "configured").mkdir()
-    (service.home / "configured" / "our.toml").write_text('handler = "this:handle"')  # as one of Python's own modules
+    (service.home / "configured" / "our.toml").write_text('handler = "this:handle"')  # Python has a "this" of its own
     (service.home / "configured" / "this.py").write_text(saying("beside the configuration"))
     service.write_handler("raise RuntimeError('where the command was started')", "this")
     service.start("-c", "configured/our.toml")

@@ -46,7 +46,7 @@ def refusal(service: Service, reply: bytes) -> str:
 
 
 def silent(connection: socket.socket, seconds: float) -> bool:
-    """Whether nothing comes for SECONDS; the pause is what the server is to see."""
+    """Pause for SECONDS, which the server is to notice; whether nothing came."""
     return not select.select([connection], [], [], seconds)[0]
 
 
