@@ -1002,8 +1002,7 @@ class Manager:
         self.notify("stopping", "STOPPING=1\n")
         self.channels.stop_listening()
         self.channels.close()
-        graces = [self.settings.grace, *(generation.settings.grace for generation in self.generations)]
-        end = time.monotonic() + max(graces) + MARGIN
+        end = time.monotonic() + MARGIN + max([self.settings.grace, *(old.settings.grace for old in self.generations)])
         self.kill_loading()
         for generation in self.generations:
             generation.state, generation.kill_at = State.LEAVING, min(generation.kill_at, end)
@@ -1062,9 +1061,9 @@ class Client:
         self.connection, self.name, self.half_closed, self.is_reply = connection, name, half_closed, is_reply
         self.data, self.memfd = data, memfd
         self.descriptors = 2 if is_reply and memfd != -1 else 1  # in the keeper, where a long reply stays in its memfd
-        # In the keeper only: its conversation, and what that waits for (see Wait).
+        # In the keeper only: its conversation; what that waits for (see Wait); until when it counts as reading a reply.
         self.conversation: Iterator[Wait] | None = None
-        self.events, self.until, self.held = 0, math.inf, 0
+        self.events, self.until, self.held, self.reads_until = 0, math.inf, 0, 0.0
 
     def send(self, channel: socket.socket) -> None:
         """Send this client through CHANNEL to another process.  Raise BlockingIOError if it is full, or OSError."""
@@ -1121,7 +1120,7 @@ def refuse(client: Client, reason: str) -> None:
 
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
 SPARE_DESCRIPTORS = 32
-IDLE = 1.0  # s until an unread reply counts as held, and until a silent client that has its reply is cut off
+IDLE = 1.0  # s until a reply counts as not being read, and until a silent client that has its reply is cut off
 LAST_CALL = 0.1  # s in which workers, at a stop, pass on what they have accepted
 
 Wait = tuple[int, float, int]  # what a conversation waits for (IN, OUT, or 0: a worker), until when, and the bytes held
@@ -1254,17 +1253,16 @@ class Keeper:
 
     def deliver(self, client: Client) -> Iterator[Wait]:
         """Send a reply, as fast as the client reads it.  Then, if it keeps its side open, wait for the end of that."""
-        until, sent, held = time.monotonic() + self.settings.timeout, 0, 0
+        until, sent = time.monotonic() + self.settings.timeout, 0
         size = len(client.data) if client.memfd == -1 else os.fstat(client.memfd).st_size
         try:
             while sent < size:
-                yield OUT, min(until, self.end_by, time.monotonic() + IDLE), held
+                client.reads_until = time.monotonic() + IDLE
+                yield OUT, min(until, self.end_by), size - sent
                 try:
                     sent += (os.write(client.connection, client.data[sent:]) if client.memfd == -1 else
                              os.sendfile(client.connection, client.memfd, sent, size - sent))
-                    held = 0
                 except BlockingIOError:
-                    held = size - sent
                     if time.monotonic() >= min(until, self.end_by):
                         raise TimeoutError("timed out") from None
             if client.half_closed:
@@ -1289,17 +1287,20 @@ class Keeper:
             for client in [client for client in self.clients.values() if client.until <= now]:
                 self.advance(client)
             self.next_look = max(now + 0.01, min((client.until for client in self.clients.values()), default=math.inf))
+            self.drop_oldest()
 
     def drop_oldest(self) -> None:
-        """Drop the oldest clients while there are too many, or too many bytes are held; never the newest."""
-        most = TEXTS_HELD * self.settings.max_text
+        """Drop the oldest clients while there are too many, or too many bytes of those that do not read a reply."""
+        now, most = time.monotonic(), TEXTS_HELD * self.settings.max_text
         if self.descriptors <= self.most_descriptors and self.numbers[self.BYTES] <= most:
             return
+        most += sum(client.held for client in self.clients.values() if now <= client.reads_until)
         for client in list(self.clients.values())[:-1]:
             if self.descriptors > self.most_descriptors:
                 self.close(client, dropped_for="too many clients")
-            elif client.held and self.numbers[self.BYTES] > most:
+            elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
                 self.close(client, dropped_for="too many bytes")
+        self.next_look = min(self.next_look, now + IDLE)
 
     def pass_texts_on(self) -> None:
         """Send whole texts to the workers, as many as the channel takes."""
@@ -1592,8 +1593,6 @@ class Worker:
 
     def __init__(self, supervisor: Supervisor, slot: memoryview[float]) -> None:
         os.setpgid(0, 0)
-        for file in (supervisor.channel, supervisor.signals.reading):
-            os.close(file)
         name_process("daemontest-work")
         self.supervisor, self.settings, self.handler = supervisor, supervisor.generation.settings, supervisor.handler
         self.slot, self.pid = slot, os.getpid()
@@ -1780,6 +1779,7 @@ class Worker:
     def give_up(self, why: str) -> NoReturn:
         """Exit for want of resources; but not as ENDING, so the next worker comes after a delay."""
         log("*", why)
+        self.slot[END_BY] = time.monotonic() + self.settings.grace
         signal.setitimer(signal.ITIMER_REAL, self.settings.grace)
         sys.exit()
 
