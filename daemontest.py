@@ -225,10 +225,10 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def release(self) -> None:
         """Empty and remove the file.  The lock is held until the process exits."""
         if self.is_at_path(self.lock):
-            with suppress(OSError):  # in a directory that lets nothing be removed
-                os.truncate(self.lock, 0)
-                os.unlink(self.path)
-                os.unlink(f"{self.path}.reloads")
+            for path in (f"{self.path}.reloads", self.path):  # the PID file last: then another start may begin
+                with suppress(OSError):  # in a directory that lets nothing be removed
+                    os.truncate(self.lock, 0)
+                    os.unlink(path)
 
     def ask_for_reload(self) -> int:
         """Have the manager reload, and wait until that is over; return its PID.  Raise Failure."""
@@ -291,7 +291,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
 
 def retries() -> Iterator[None]:
-    """Yield every 2 ms for 4 s, longer than a start takes, or a command's lock; then raise OSError."""
+    """Yield every 2 ms for 4 s, longer than a start or a command's lock lasts; then raise OSError."""
     end = time.monotonic() + 4.0
     while time.monotonic() < end:
         yield
@@ -515,7 +515,7 @@ def read_settings(file: str | None, options: dict[str, Any], **defaults: Any) ->
 # ---- Command line -------------------------------------------------------------------
 
 def main() -> None:
-    """Do what the command line says.  A forked child returns its life through its callers to here, to begin."""
+    """Do what the command line says.  A forked child returns its life through its callers; it begins here."""
     try:
         # Open descriptors 0 to 2, if the parent left them closed, before other files take these numbers.
         while os.open(os.devnull, os.O_RDWR) < 2:
@@ -1252,7 +1252,7 @@ class Keeper:
         yield 0, math.inf, len(client.data)
 
     def deliver(self, client: Client) -> Iterator[Wait]:
-        """Send a reply, as fast as the client reads it.  Then, if it keeps its side open, wait for the end of that."""
+        """Send a reply, as fast as the client reads it.  Then, if it has not half-closed, wait until it does."""
         until, sent = time.monotonic() + self.settings.timeout, 0
         size = len(client.data) if client.memfd == -1 else os.fstat(client.memfd).st_size
         try:
@@ -1615,8 +1615,8 @@ class Worker:
         if not self.supervisor.up:
             self.wake_supervisor()
         poller, listener, from_keeper = select.epoll(), self.listener.fileno(), self.from_keeper.fileno()
-        # A client wakes one waiting worker (epoll_ctl(2)).  A text from the keeper wakes all if there is a handler,
-        # since the one woken may be busy with a client.
+        # A client wakes one waiting worker (epoll_ctl(2)).  With a handler, a text from the keeper wakes all, since one
+        # alone might serve a client first.
         poller.register(listener, IN | select.EPOLLEXCLUSIVE)
         poller.register(from_keeper, IN | select.EPOLLEXCLUSIVE if self.handler is text_length else IN)
         for file in (self.signals.reading, self.supervisor.stopping, self.supervisor.lifeline):
@@ -1740,7 +1740,7 @@ class Worker:
             log("-", "Client Query Processing Started.",
                 f"Client: {client.name}; Received Text{':' if wanted == 'texts' else '.'}", text=shown)
             if len(text) > LOGGED and shown:
-                log("-", f"Logged {LOGGED} of {len(text)} Characters.")
+                log("-", f"Logged at Most {LOGGED} of {len(text)} Characters.")
 
     def handle(self, text: str) -> bytes:
         """Return the handler's reply, as it is sent.  Raise Failure, whatever the handler raises."""

@@ -29,7 +29,7 @@ PARALLEL = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # tests that r
 MARK = "DAEMONTEST_HARNESS"  # in the environment of every process that a test starts
 
 for signum in (signal.SIGHUP, signal.SIGINT):
-    if signal.getsignal(signum) == signal.SIG_IGN:  # as below nohup(1), or in a shell's background
+    if signal.getsignal(signum) == signal.SIG_IGN:  # as under nohup(1), or in a shell's background
         signal.signal(signum, lambda *_: None)  # which the commands that the tests start do not inherit
 
 RECORD = re.compile(r"(?P<time>[\d-]{10}T[\d:]{8}\.\d{3}[+-]\d{4}) (?P<kind>[*-]) (?P<pid>\d+) (?P<message>.+)")
@@ -333,8 +333,8 @@ def serving(home: Path) -> Iterator[Service]:
     """A service to start; at the end it is stopped by TERM, and must have left nothing behind."""
     home.mkdir()
     service = Service(home)
-    yield service
     try:
+        yield service
         with suppress(OSError, ValueError):  # there is no PID file, or only what the test has put there
             if (manager := service.manager()) in service.processes():
                 os.kill(manager, signal.SIGTERM)

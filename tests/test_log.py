@@ -129,7 +129,7 @@ def test_a_long_text_is_cut_at_2000_characters_and_a_long_record_in_its_middle(s
     else:
         assert begin == text[:2000].removesuffix("\n")
     told = [match["message"] for match in service.records("Logged")]
-    assert told == ([f"Logged 2000 of {len(text)} Characters."] if len(text) > 2000 else [])
+    assert told == ([f"Logged at Most 2000 of {len(text)} Characters."] if len(text) > 2000 else [])
 
 
 # ---- Forgeries ------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def ask(service: Service) -> int:
 
 
 def count_workers(service: Service) -> int:
-    """Return how many workers there are: those whom two looks see were there at one time."""
+    """Return how many workers there are at once: only those that both of two looks see."""
     return len(service.workers() & service.workers())
 
 

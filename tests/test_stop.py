@@ -158,7 +158,7 @@ def test_after_a_killed_manager_all_go_and_the_next_start_finds_the_port_free(se
     assert [service.run(action).returncode for action in ("--status", "-t", "--reload")] == [3, 1, 1]
     manager = service.start("-w", "1")
     assert service.run("--reload").stdout == f"daemontest.py: {manager} reloaded\n"
-    assert min(took) < 1.0, "on a loaded machine, some may take longer"
+    assert min(took) < 1.0  # the fastest: on a loaded machine, some take longer
 
 
 def test_after_a_killed_manager_both_generations_finish_what_they_have(service: Service) -> None:
