@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import array
 import atexit
-import difflib
 import errno
 import faulthandler
 import fcntl
@@ -182,7 +181,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.lock = self.outcome = -1  # the manager's descriptors of the file, and of PATH.reloads, which is one line
+        self.lock = self.reloads_file = -1  # the manager's descriptors: of the file, and of the line PATH.reloads
         self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
 
     def claim(self) -> None:
@@ -207,7 +206,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Write the PID of this process.  DaemonContext calls this after its last fork; claim() took the lock."""
         with suppress(FileNotFoundError):
             os.unlink(f"{self.path}.reloads")
-        self.outcome = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
+        self.reloads_file = self.open_for(os.O_RDWR | os.O_CREAT | os.O_EXCL, f"{self.path}.reloads")
         os.write(self.lock, b"%d\n" % os.getpid())
 
     def tell_reload(self, outcome: str = "") -> None:
@@ -216,8 +215,8 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         self.reloads = (begun, begun, printable(outcome)[:2000]) if outcome else (begun + 1, ended, last)
         line = "{} {} {}\n".format(*self.reloads).encode(errors="backslashreplace")
         with suppress(OSError):  # a full disk must not end the manager
-            os.pwrite(self.outcome, line, 0)
-            os.truncate(self.outcome, len(line))
+            os.pwrite(self.reloads_file, line, 0)
+            os.truncate(self.reloads_file, len(line))
 
     def reload_is_pending(self) -> bool:
         return self.reloads[0] > self.reloads[1]
@@ -225,9 +224,9 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def release(self) -> None:
         """Empty and remove the file.  The lock is held until the process exits."""
         if self.is_at_path(self.lock):
-            for path in (f"{self.path}.reloads", self.path):  # the PID file last: then another start may begin
-                with suppress(OSError):  # in a directory that lets nothing be removed
-                    os.truncate(self.lock, 0)
+            with suppress(OSError):  # in a directory that lets nothing be removed
+                os.truncate(self.lock, 0)
+                for path in filter(os.path.exists, (f"{self.path}.reloads", self.path)):  # in this order: see claim()
                     os.unlink(path)
 
     def ask_for_reload(self) -> int:
@@ -312,6 +311,8 @@ def take_lock(file: int, kind: int) -> bool:
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
 MEANINGLESS_TO_OTHERS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
+RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
+PATIENCE = struct.pack("qq", 1, 0)  # (s, µs) to wait for a keeper that takes no clients: it is suspended, or has died
 
 Handler = Callable[[str], str]
 Life = Callable[[], Any]  # what a process does next; it returns what comes after that, or None
@@ -392,9 +393,6 @@ def readable(seconds: float | None, *files: int) -> bool:
     return bool(poller.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
-RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
-
-
 def seqpacket_pair() -> tuple[int, int]:
     """Return the ends of a connection that keeps messages apart; each message goes to exactly one reader."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -402,6 +400,7 @@ def seqpacket_pair() -> tuple[int, int]:
         end.setblocking(False)
         # So small that fewer than 256 descriptors are in flight: above RLIMIT_NOFILE, sending fails (unix(7)).
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, PATIENCE)  # of the worker's end, which is made blocking
     return ends[0].detach(), ends[1].detach()
 
 
@@ -745,7 +744,8 @@ class Child:
     """What the manager knows of the keeper, or of a generation."""
 
     def __init__(self, numbers: int) -> None:
-        self.numbers = memoryview(mmap.mmap(-1, 8 * numbers)).cast("d")  # in memory that it shares with the child
+        with failing_to("fork a process"):
+            self.numbers = memoryview(mmap.mmap(-1, 8 * numbers)).cast("d")  # in memory that it shares with the child
         self.pid, self.channel, self.childs_end = 0, -1, -1
         self.forked_at, self.kill_at = -math.inf, math.inf
         self.files: list[int] = []  # the manager's, both ends; closing them tells the child to stop
@@ -898,7 +898,7 @@ class Manager:
                 if generation.fork():
                     return lambda: load_generation(generation)
                 self.generations.append(generation)
-        except (Failure, OSError) as why:
+        except Failure as why:
             self.loading_failed(str(why))
         return None
 
@@ -1119,7 +1119,6 @@ def refuse(client: Client, reason: str) -> None:
 # ---- Keeper -------------------------------------------------------------------------
 
 TEXTS_HELD = 16  # times --max-text: the bytes that the keeper may hold
-SPARE_DESCRIPTORS = 32
 IDLE = 1.0  # s until a reply counts as not being read, and until a silent client that has its reply is cut off
 LAST_CALL = 0.1  # s in which workers, at a stop, pass on what they have accepted
 
@@ -1139,7 +1138,7 @@ class Keeper:
         begin_process("daemontest-keep", child.childs_end, *channels.of_keeper)
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        self.descriptors, self.most_descriptors = 0, max(limit - SPARE_DESCRIPTORS, limit // 2)  # that clients take
+        self.descriptors, self.most_descriptors = 0, max(limit - 32, limit // 2)  # clients'; 32 to spare
         self.channels, self.settings = channels, settings
         self.orders, self.numbers = child.childs_end, child.numbers
         self.from_workers, self.to_workers = (socket.socket(fileno=end) for end in channels.of_keeper[1:])
@@ -1294,13 +1293,15 @@ class Keeper:
         now, most = time.monotonic(), TEXTS_HELD * self.settings.max_text
         if self.descriptors <= self.most_descriptors and self.numbers[self.BYTES] <= most:
             return
+        self.next_look = min(self.next_look, now + IDLE)
         most += sum(client.held for client in self.clients.values() if now <= client.reads_until)
         for client in list(self.clients.values())[:-1]:
             if self.descriptors > self.most_descriptors:
                 self.close(client, dropped_for="too many clients")
-            elif client.held and now > client.reads_until and self.numbers[self.BYTES] > most:
+            elif self.numbers[self.BYTES] <= most:
+                break
+            elif client.held and now > client.reads_until:
                 self.close(client, dropped_for="too many bytes")
-        self.next_look = min(self.next_look, now + IDLE)
 
     def pass_texts_on(self) -> None:
         """Send whole texts to the workers, as many as the channel takes."""
@@ -1416,6 +1417,7 @@ def load_handler(settings: Settings) -> Handler:
                 reason = f"a module is named without .py: {top}:{function_name}"
         raise Failure(not_loaded(settings, reason)) from why
     if fault := fault_of(handler):
+        import difflib
         close = difflib.get_close_matches(function_name, vars(module), 1) if handler is None else []
         fault += f"; did you mean '{close[0]}'?" if close else ""
         raise Failure(not_loaded(settings, f"{function_name} {fault}"))
@@ -1480,7 +1482,6 @@ class Supervisor:
         self.sockets = [socket.socket(fileno=file) for file in files]  # listener, to keeper, from it: for all workers
         for end, blocking in zip(self.sockets, (False, True, False), strict=True):
             end.setblocking(blocking)  # whatever default the handler's module has set
-        self.sockets[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, PATIENCE)
         self.lifeline = os.pidfd_open(os.getpid())  # by which the workers see that this process has died
         self.children: dict[int, memoryview[float]] = {}  # the slots of workers by their PIDs
         self.vacant_until: list[float] = []  # when those that died may be replaced
@@ -1584,7 +1585,6 @@ class Supervisor:
 GREED = 0.005  # s in which new clients are accepted without asking what else is ready
 A_MOMENT = 0.001  # s that a worker waits for the half-close, which nearly always comes by then
 IMPATIENCE = 0.005  # s without such a wait after one that was in vain
-PATIENCE = struct.pack("qq", 1, 0)  # (s, µs) to wait for a keeper that takes no clients: it is suspended, or has died
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -1784,7 +1784,7 @@ class Worker:
         sys.exit()
 
     def wake_supervisor(self) -> None:
-        with suppress(OSError):  # it is dead, or awake
+        with suppress(OSError):  # it is awake already
             os.write(self.supervisor.signals.writing, b"\0")
 
     def let_fork_go(self) -> None:
