@@ -311,7 +311,7 @@ def take_lock(file: int, kind: int) -> bool:
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
 MEANINGLESS_TO_OTHERS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
-RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
+RECEIVE_BYTES, RECEIVE_FILES = 16384, socket.CMSG_SPACE(8 * 4)  # at once; more bytes do not stay in the nearest cache
 PATIENCE = struct.pack("qq", 1, 0)  # (s, µs) to wait for a keeper that takes no clients: it is suspended, or has died
 
 Handler = Callable[[str], str]
@@ -357,8 +357,8 @@ def reset_signals() -> None:
 
 def name_process(name: str) -> None:
     """Have ps(1) show NAME: at most 15 bytes (proc(5)); no spaces, as CPython parses /proc/self/stat by spaces."""
-    with suppress(OSError), open("/proc/self/comm", "w") as comm:
-        comm.write(name)
+    with suppress(OSError), open("/proc/self/comm", "wb", buffering=0) as comm:
+        comm.write(name.encode())
 
 
 def begin_process(name: str, *files: int) -> None:
@@ -420,8 +420,8 @@ def read_message(end: int) -> tuple[str, list[int]]:
 
 def receive_message(channel: socket.socket) -> tuple[bytes, list[int]]:
     """Return the next message and its descriptors, b"" at the end.  Raise OSError; BlockingIOError if none is there."""
-    message, ancillary, flags, _ = channel.recvmsg(RECEIVE_BYTES, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
-    files = [file for _, _, data in ancillary for file in array.array("i", data)]
+    message, ancillary, flags, _ = channel.recvmsg(RECEIVE_BYTES, RECEIVE_FILES, socket.MSG_CMSG_CLOEXEC)
+    files = array.array("i", ancillary[0][2]).tolist() if ancillary else []
     if flags & socket.MSG_CTRUNC:
         for file in files:
             os.close(file)
@@ -1050,7 +1050,7 @@ class Manager:
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
 OPEN_SIDE_BYTES = 2000  # what the Perl original read at the most, from clients that keep their side open
-HEADER = struct.Struct("??B")  # whether the data is a reply; whether the client has half-closed; length of its name
+HEADER = struct.Struct("??46s")  # whether the data is a reply; whether the client has half-closed; its address
 
 
 class Client:
@@ -1072,9 +1072,9 @@ class Client:
                 self.memfd = file.fileno()
                 file.write(self.data)
             self.data = b""
-        name = self.name.encode()
-        socket.send_fds(channel, [HEADER.pack(self.is_reply, self.half_closed, len(name)), name, self.data],
-                        [self.connection, self.memfd][:1 if self.memfd == -1 else 2])
+        files = array.array("i", (self.connection, self.memfd) if self.memfd != -1 else (self.connection,))
+        channel.sendmsg([HEADER.pack(self.is_reply, self.half_closed, self.name.encode()) + self.data],
+                        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
 
     @staticmethod
     def from_channel(channel: socket.socket) -> Client | None:
@@ -1082,9 +1082,8 @@ class Client:
         message, files = receive_message(channel)
         if not message:
             return None
-        is_reply, half_closed, length = HEADER.unpack_from(message)
-        name, data = message[HEADER.size:HEADER.size + length].decode(), message[HEADER.size + length:]
-        return Client(files[0], name, half_closed, is_reply, data, *files[1:])
+        is_reply, half_closed, name = HEADER.unpack_from(message)
+        return Client(files[0], name.rstrip(b"\0").decode(), half_closed, is_reply, message[HEADER.size:], *files[1:])
 
     def take_data(self) -> bytes:
         """Return the data, and close the memfd.  Raise MemoryError."""
@@ -1180,7 +1179,7 @@ class Keeper:
                 continue
             if client:
                 self.clients[client.connection] = client
-                self.numbers[self.CLIENTS] += 1
+                self.numbers[self.CLIENTS] = len(self.clients)
                 client.conversation = self.deliver(client) if client.is_reply else self.receive_rest(client)
                 self.descriptors += client.descriptors
                 self.advance(client)
@@ -1323,11 +1322,11 @@ class Keeper:
             log("-", f"Client: {client.name}; Dropped: {dropped_for}.")
         if client.events:
             self.poller.unregister(client.connection)
-        self.numbers[self.CLIENTS] -= 1
+        del self.clients[client.connection]
+        self.numbers[self.CLIENTS] = len(self.clients)
         self.numbers[self.BYTES] -= client.held
         self.descriptors -= client.descriptors
         client.conversation, client.data = None, b""  # it may be in self.texts still
-        del self.clients[client.connection]
         client.close()
 
     def read_orders(self) -> None:
@@ -1626,19 +1625,19 @@ class Worker:
         while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):
             # Serve all that this worker was woken for before deciding to leave: perhaps nobody else was woken.
-            ready = dict(poller.poll(None if self.requests_left > 0 else TICK))
-            if stopping in ready:
-                poller.unregister(stopping)
-                poller.unregister(listener)
-                self.listener.close()
-            elif listener in ready:
-                self.accept_clients()
-            if from_keeper in ready:
-                self.take_text()
-            if self.signals.reading in ready and not self.leaving:
-                self.signals.take()  # what woke it; but the byte of SIGTERM stays for the record below
-            if self.supervisor.lifeline in ready:
-                self.leaving = True
+            for file, _ in poller.poll(None if self.requests_left > 0 else TICK):
+                if file == listener:
+                    self.accept_clients()
+                elif file == from_keeper:
+                    self.take_text()
+                elif file == stopping:
+                    poller.unregister(stopping)
+                    poller.unregister(listener)
+                    self.listener.close()
+                elif file == self.supervisor.lifeline:
+                    self.leaving = True
+                elif not self.leaving:
+                    self.signals.take()  # what woke it; but the byte of SIGTERM stays for the record below
         if signal.SIGTERM in self.signals.take():
             log("*", "Caught SIGTERM")
         self.slot[STATE] = ENDING
@@ -1769,9 +1768,10 @@ class Worker:
 
     def deliver(self, client: Client) -> None:
         """Send the reply.  A client that makes us wait, or has not half-closed, goes to the keeper.  Raise OSError."""
-        sent = 0
-        with suppress(BlockingIOError):
+        try:
             sent = os.write(client.connection, client.data)
+        except BlockingIOError:
+            sent = 0
         if sent < len(client.data) or not client.half_closed:
             client.data = memoryview(client.data)[sent:]
             client.send(self.to_keeper)
