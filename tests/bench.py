@@ -200,12 +200,12 @@ def at_rest(manager: psutil.Process) -> list[psutil.Process]:
 def cpu_time(service: list[psutil.Process]) -> float:
     """Seconds that the processes, and those of their children that they have reaped, have used.
 
-    By the processes' own clocks (clock_getcpuclockid(3)), since /proc counts in steps of 10 ms.
-    """
+    By the processes' own clocks (clock_getcpuclockid(3)), since /proc counts in steps of 10 ms."""
     total = 0.0
     for process in service:
-        reaped = process.cpu_times()
-        total += time.clock_gettime(~process.pid << 3 | 2) + reaped.children_user + reaped.children_system
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):  # a worker has just ended
+            reaped = process.cpu_times()
+            total += time.clock_gettime(~process.pid << 3 | 2) + reaped.children_user + reaped.children_system
     return total
 
 
