@@ -1624,20 +1624,20 @@ class Worker:
         stopping = self.supervisor.stopping
         while not self.leaving and (self.requests_left > 0 or readable(0, stopping)
                                     or len(self.supervisor.generation.slots(ENDING)) >= self.settings.workers):
-            # Serve all that this worker was woken for before deciding to leave: perhaps nobody else was woken.
-            for file, _ in poller.poll(None if self.requests_left > 0 else TICK):
-                if file == listener:
-                    self.accept_clients()
-                elif file == from_keeper:
-                    self.take_text()
-                elif file == stopping:
-                    poller.unregister(stopping)
-                    poller.unregister(listener)
-                    self.listener.close()
-                elif file == self.supervisor.lifeline:
-                    self.leaving = True
-                elif not self.leaving:
-                    self.signals.take()  # what woke it; but the byte of SIGTERM stays for the record below
+            # Serve all that woke this worker before deciding to leave, a new client first: perhaps it woke nobody else.
+            ready = dict(poller.poll(None if self.requests_left > 0 else TICK))
+            if stopping in ready:  # even before: what waits on a socket of systemd's is for the next service
+                poller.unregister(stopping)
+                poller.unregister(listener)
+                self.listener.close()
+            elif listener in ready:
+                self.accept_clients()
+            if from_keeper in ready:
+                self.take_text()
+            if self.signals.reading in ready and not self.leaving:
+                self.signals.take()  # what woke it; but the byte of SIGTERM stays for the record below
+            if self.supervisor.lifeline in ready:
+                self.leaving = True
         if signal.SIGTERM in self.signals.take():
             log("*", "Caught SIGTERM")
         self.slot[STATE] = ENDING
