@@ -1574,7 +1574,7 @@ class Supervisor:
     def catch(self, *_: object) -> None:
         """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
         if self.worker:
-            self.worker.leaving = True
+            self.worker.leaving = self.worker.caught = True
             self.worker.slot[STATE] = ENDING
             self.worker.wake_supervisor()
 
@@ -1598,7 +1598,7 @@ class Worker:
         self.listener, self.to_keeper, self.from_keeper = supervisor.sockets
         self.signals = Signals()
         self.requests_left, self.impatient_until = self.settings.max_requests, 0.0
-        self.leaving = False  # it is to exit
+        self.leaving = self.caught = False  # it is to exit; because it has caught SIGTERM
         self.client: Client | None = None  # being served
         if self.handler is not text_length:
             # With CHAIN, SIGALRM ends the worker after the report on where the handler hangs.
@@ -1634,11 +1634,11 @@ class Worker:
                 self.accept_clients()
             if from_keeper in ready:
                 self.take_text()
-            if self.signals.reading in ready and not self.leaving:
-                self.signals.take()  # what woke it; but the byte of SIGTERM stays for the record below
+            if self.signals.reading in ready:
+                self.signals.take()  # what woke it; catch() has noted what matters
             if self.supervisor.lifeline in ready:
                 self.leaving = True
-        if signal.SIGTERM in self.signals.take():
+        if self.caught:
             log("*", "Caught SIGTERM")
         self.slot[STATE] = ENDING
         log("*", f"Child Process Ended. ({max(0, self.requests_left)})")

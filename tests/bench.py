@@ -198,9 +198,7 @@ def at_rest(manager: psutil.Process) -> list[psutil.Process]:
 
 
 def cpu_time(service: list[psutil.Process]) -> float:
-    """Seconds that the processes, and those of their children that they have reaped, have used.
-
-    By the processes' own clocks (clock_getcpuclockid(3)), since /proc counts in steps of 10 ms."""
+    """Seconds used by the processes, on their own clocks (clock_getcpuclockid(3)), and by children they have reaped."""
     total = 0.0
     for process in service:
         with contextlib.suppress(psutil.NoSuchProcess, OSError):  # a worker has just ended
