@@ -1680,34 +1680,32 @@ class Worker:
         """Get the client's text, answer it and close; or pass the client on to the keeper."""
         self.client, logged = client, False
         try:
-            if (text := get_text(client)) is None:
-                client.send(self.to_keeper)
-                return
-            self.requests_left -= 1
-            whole = text.decode()
-            text = client.data = b""  # it may be large
-            self.log_text(client, whole)
-            logged = self.settings.log != "life"
-            client.data, client.is_reply = self.handle(whole), True
-        except UnicodeDecodeError as why:
-            refuse(client, f"text is not UTF-8 at byte offset {why.start}")
-        except (Failure, MemoryError) as why:
-            refuse(client, str(why) or "not enough memory")
-        except OSError as why:
-            if client.data or client.memfd != -1:
-                log("-", f"Client: {client.name}; Lost: {why.strerror or why}.")
-            return
-        finally:
-            if not client.is_reply:
-                client.close()
-        self.slot[SERVED] += 1
-        try:
+            try:
+                if (text := get_text(client)) is None:
+                    client.send(self.to_keeper)
+                    return
+                self.requests_left -= 1
+                whole = text.decode()
+                text = client.data = b""  # it may be large
+                self.log_text(client, whole)
+                logged = self.settings.log != "life"
+                client.data, client.is_reply = self.handle(whole), True
+            except UnicodeDecodeError as why:
+                refuse(client, f"text is not UTF-8 at byte offset {why.start}")
+            except (Failure, MemoryError) as why:
+                refuse(client, str(why) or "not enough memory")
+            self.slot[SERVED] += 1
             self.deliver(client)
         except OSError as why:
-            log("-", f"Client: {client.name}; Reply Not Delivered: {why.strerror or why}.")
-        client.close()  # sends what was held back, in one packet with the FIN
-        if logged:
-            log("-", "Client Query Processing Ended.")
+            if client.is_reply or client.data or client.memfd != -1:
+                lost = "Reply Not Delivered" if client.is_reply else "Lost"
+                log("-", f"Client: {client.name}; {lost}: {why.strerror or why}.")
+            if why.errno in OUT_OF_RESOURCES:
+                self.give_up(f"Cannot Pass On: {why.strerror}")
+        finally:
+            client.close()  # sends what was held back, in one packet with the FIN
+            if logged:
+                log("-", "Client Query Processing Ended.")
 
     def receive_text(self, client: Client) -> bytes | None:
         """Return a whole text; or None, and the keeper is to see to the rest."""

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """A benchmark: daemontest beside servers of the standard library that do the same job.
 
-    .venv/bin/python tests/bench.py [--rounds N] [--requests N] [--large N]
-    .venv/bin/python tests/bench.py --slow [--rounds N] [--requests N]
+    .venv/bin/python tests/bench.py [--slow] [--rounds N]
 
 Each server in turn is started anew, warmed up, and driven by 16 clients in processes of their own: one poem for each
 connection, every reply checked.  That is repeated for some rounds; the table shows each column's median.
@@ -21,7 +20,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import math
 import multiprocessing
 import os
 import re
@@ -45,7 +43,7 @@ from slow_clients import IP_BIND_ADDRESS_NO_PORT, Crowd, Kind
 POEM = (ROOT / "tests" / "data" / "poem.txt").read_bytes() + b"\n"
 LARGE = POEM * (2**20 // len(POEM)) + b" " * (2**20 % len(POEM))
 CLIENTS = 16
-WARM_UP = 320  # requests
+WARM_UP, REQUESTS, LARGE_REQUESTS = 320, 8000, 160  # for each server in each round
 PATIENCE = 60  # s that a server may take to start, or for its part of a round
 
 
@@ -170,21 +168,18 @@ COLUMNS = {"requests/s": ".0f", "CPU us": ".1f", "CPU x": ".2f", "p50 ms": ".2f"
            "memory MiB": ".1f", "1 MiB texts MiB/s": ".0f"}
 
 
-def measure(clients: Pool, server: Server, requests: int, large: int) -> dict[str, float]:
+def measure(clients: Pool, server: Server) -> dict[str, float]:
     """One server's part of a round: the columns of its row."""
     with running(server) as (port, process):
         load(clients, port, POEM, WARM_UP)
         before = cpu_time(at_rest(process))
-        seconds, taken = load(clients, port, POEM, round(requests * server.share))
-        service = at_rest(process)
-        row = {"requests/s": len(taken) / seconds, "CPU us": (cpu_time(service) - before) / len(taken) * 1e6,
-               "p50 ms": statistics.median(taken) * 1e3, "p99 ms": statistics.quantiles(taken, n=100)[-1] * 1e3,
-               "slowest ms": max(taken) * 1e3,
-               "memory MiB": sum(process.memory_full_info().pss for process in service) / 2**20}
-        if large:
-            seconds, taken = load(clients, port, LARGE, large)
-            row["1 MiB texts MiB/s"] = len(taken) / seconds
-        return row
+        seconds, taken = load(clients, port, POEM, round(REQUESTS * server.share))
+        used = cpu_time(service := at_rest(process)) - before
+        memory = sum(process.memory_full_info().pss for process in service) / 2**20
+        large, _ = load(clients, port, LARGE, LARGE_REQUESTS)
+        return {"requests/s": len(taken) / seconds, "CPU us": used / len(taken) * 1e6,
+                "p50 ms": statistics.median(taken) * 1e3, "p99 ms": statistics.quantiles(taken, n=100)[-1] * 1e3,
+                "slowest ms": max(taken) * 1e3, "memory MiB": memory, "1 MiB texts MiB/s": LARGE_REQUESTS / large}
 
 
 def at_rest(manager: psutil.Process) -> list[psutil.Process]:
@@ -236,24 +231,24 @@ BESIDE = {"next text ms": ".2f", "later by ms": ".2f", "slowest ms": ".1f", "req
 FIGURE = {"    figure": ".2f"}
 
 
-def beside(clients: Pool, port: int, requests: int) -> dict[str, float]:
+def beside(clients: Pool, port: int) -> dict[str, float]:
     """The columns of a row: what others have of the service now."""
     asked = [clients.apply(ask, (port, POEM)) for _ in range(20)]
-    seconds, taken = load(clients, port, POEM, requests)
+    seconds, taken = load(clients, port, POEM, REQUESTS)
     return {"next text ms": statistics.median(asked) * 1e3, "slowest ms": max(asked) * 1e3,
             "requests/s": len(taken) / seconds}
 
 
-def measure_crowd(clients: Pool, server: Server, kind: Kind, count: int, requests: int) -> dict[str, float]:
+def measure_crowd(clients: Pool, server: Server, kind: Kind, count: int) -> dict[str, float]:
     """The columns of a row, compared with the same service alone."""
     with running(server) as (port, _):
-        load(clients, port, POEM, requests)
-        alone = beside(clients, port, requests)
+        load(clients, port, POEM, REQUESTS)
+        alone = beside(clients, port)
         with Crowd(port, kind, count, again=True, text=b"reply 10000000" if kind is slow.not_reading else b"",
                    patience=12.0) as crowd:
             crowd.wait_until_in_place()
             time.sleep(SETTLE)
-            row = beside(clients, port, requests)
+            row = beside(clients, port)
     return row | {"later by ms": row["next text ms"] - alone["next text ms"],
                   "of those alone": row["requests/s"] / alone["requests/s"]}
 
@@ -272,14 +267,14 @@ def served(kind: Kind, count: int, size: int, seconds: float = 9.0) -> tuple[flo
     return replies / took, used / replies * 1e6
 
 
-def print_slow_tables(clients: Pool, rounds: int, requests: int) -> None:
+def print_slow_tables(clients: Pool, rounds: int) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for 5000 clients of this process's own
     rows: dict[str, list[dict[str, float]]] = {f"beside {name}": [] for name in CROWDS}
     figures: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for (server, kind, count), of_crowd in zip(CROWDS.values(), rows.values(), strict=True):
-            of_crowd.append(measure_crowd(clients, server, kind, count, requests))
+            of_crowd.append(measure_crowd(clients, server, kind, count))
         lines, _ = served(slow.slow_line, 50, 229376)
         original, _ = served(slow.original, 16, 31)
         rate, us = served(slow.two_parts, 200, 34)
@@ -296,23 +291,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of which the median counts (default: 5)")
-    parser.add_argument("--requests", type=int, default=8000, metavar="N",
-                        help="for each server in each round; for the slowest a part of it (default: 8000)")
-    parser.add_argument("--large", type=int, default=160, metavar="N", help="texts of 1 MiB (default: 160; 0: none)")
     parser.add_argument("--slow", action="store_true", help="measure with slow clients instead")
     options = parser.parse_args()
     rows: dict[str, list[dict[str, float]]] = {server.name: [] for server in SERVERS}
     with multiprocessing.get_context("fork").Pool(CLIENTS) as clients:
         if options.slow:
-            print_slow_tables(clients, options.rounds, options.requests)
+            print_slow_tables(clients, options.rounds)
             return
         for _ in range(options.rounds):
             for server in SERVERS:
-                try:
-                    row = measure(clients, server, options.requests, options.large)
-                except (OSError, ValueError, RuntimeError, psutil.Error) as why:
-                    sys.exit(f"bench.py: {server.name}: {why}")
-                rows[server.name].append(row)
+                rows[server.name].append(row := measure(clients, server))
                 row["CPU x"] = row["CPU us"] / rows[SERVERS[0].name][-1]["CPU us"]
     print_table(rows, COLUMNS)
 
@@ -322,10 +310,8 @@ def print_table(rows: dict[str, list[dict[str, float]]], columns: dict[str, str]
     width = max(map(len, rows))
     print(" " * width, *columns, sep="  ")
     for name, row_of_rounds in rows.items():
-        cells = []
-        for column, form in columns.items():
-            values = [row[column] for row in row_of_rounds if column in row]
-            cells.append(f"{statistics.median(values) if values else math.nan:{len(column)}{form}}")
+        cells = [f"{statistics.median(row[column] for row in row_of_rounds):{len(column)}{form}}"
+                 for column, form in columns.items()]
         print(f"{name:{width}}", *cells, sep="  ")
     print()
 

@@ -222,6 +222,18 @@ def test_a_worker_that_gives_up_root_ends_in_good_order(service: Service) -> Non
     assert (ended["message"], int(ended["pid"])) == ("Child Process Ended. (0)", worker)
 
 
+@pytest.mark.parametrize(("limit", "record"), [("3", "Cannot Accept"), ("os.dup(0)", "Cannot Pass On")])
+def test_worker_out_of_descriptors_says_so_and_is_replaced(service: Service, limit: str, record: str) -> None:
+    service.expected += [record, r"Died\. \(exit status 0\)"]
+    worker = start_one(service)
+    service.ask(f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, 99))")
+    with service.connect() as client:
+        client.sendall(b"#" * 4000)  # which takes a descriptor more
+        service.wait_for_records(f"{record}: Too many open files")
+        service.wait_for_new_workers({worker})
+    assert service.ask("").endswith(" done\n")
+
+
 # ---- It forks -------------------------------------------------------------------------
 
 FORKS = {
