@@ -1486,9 +1486,7 @@ class Supervisor:
         self.vacant_until: list[float] = []  # when those that died may be replaced
         self.up = False  # whether all workers wanted have begun to accept clients
         self.drain_by = math.inf  # when workers that remain are killed; once it is set, none is replaced
-        self.worker: Worker | None = None  # in a worker: what it is
         self.signals = Signals()
-        set_signals(self.catch, {signal.SIGTERM})
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for workers, until they are ready for it
 
     def run(self) -> Life | None:
@@ -1571,13 +1569,6 @@ class Supervisor:
         if not self.up:
             send_message(self.channel, f"failed cannot keep workers: one died while it started ({cause})")
 
-    def catch(self, *_: object) -> None:
-        """Note SIGTERM in a worker, also while its handler runs, or a library has taken the wake-up descriptor."""
-        if self.worker:
-            self.worker.leaving = self.worker.caught = True
-            self.worker.slot[STATE] = ENDING
-            self.worker.wake_supervisor()
-
 
 # ---- Worker -------------------------------------------------------------------------
 
@@ -1605,7 +1596,7 @@ class Worker:
             faulthandler.register(signal.SIGALRM, file=2, chain=True)
             disown()
             os.register_at_fork(after_in_child=self.let_fork_go)
-        supervisor.worker = self
+        set_signals(self.catch, {signal.SIGTERM})
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def run(self) -> None:
@@ -1780,6 +1771,12 @@ class Worker:
         self.slot[END_BY] = time.monotonic() + self.settings.grace
         signal.setitimer(signal.ITIMER_REAL, self.settings.grace)
         sys.exit()
+
+    def catch(self, *_: object) -> None:
+        """Note SIGTERM, also while the handler runs, or a library has taken the wake-up descriptor."""
+        self.leaving = self.caught = True
+        self.slot[STATE] = ENDING
+        self.wake_supervisor()
 
     def wake_supervisor(self) -> None:
         with suppress(OSError):  # it is awake already
