@@ -182,7 +182,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.lock = self.reloads_file = -1  # the manager's descriptors: of the file, and of the line PATH.reloads
-        self.reloads = (0, 0, "")  # how many have begun, the last one that has ended, and how: "ok", or why it failed
+        self.reloads, self.reload_pending = 0, False  # how many have begun; whether the last one has not ended
 
     def claim(self) -> None:
         """Take the lock for the manager that is about to be forked.  Raise Failure."""
@@ -210,16 +210,13 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         os.write(self.lock, b"%d\n" % os.getpid())
 
     def tell_reload(self, outcome: str = "") -> None:
-        """Tell those who wait that one more reload has begun; or, with an OUTCOME, how the last one has ended."""
-        begun, ended, last = self.reloads
-        self.reloads = (begun, begun, printable(outcome)[:2000]) if outcome else (begun + 1, ended, last)
-        line = "{} {} {}\n".format(*self.reloads).encode(errors="backslashreplace")
+        """Tell those who wait that one more reload has begun; or its OUTCOME, "ok" or why it failed."""
+        self.reload_pending = not outcome
+        self.reloads += self.reload_pending
+        line = f"{self.reloads} {printable(outcome)[:2000]}\n".encode(errors="backslashreplace")
         with suppress(OSError):  # a full disk must not end the manager
             os.pwrite(self.reloads_file, line, 0)
             os.truncate(self.reloads_file, len(line))
-
-    def reload_is_pending(self) -> bool:
-        return self.reloads[0] > self.reloads[1]
 
     def release(self) -> None:
         """Empty and remove the file.  The lock is held until the process exits."""
@@ -237,7 +234,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             begun = int(os.pread(file, 8192, 0).partition(b" ")[0] or 0)
         self.signal_manager(signal.SIGHUP)  # only now, since what has begun before is not ours
         while not readable(0.01, process):
-            found = re.match(rb"\d+ (\d+) ([^\n]*)\n", os.pread(file, 8192, 0))
+            found = re.match(rb"(\d+) ([^\n]+)\n", os.pread(file, 8192, 0))
             if found and int(found[1]) > begun:
                 if found[2] == b"ok":
                     return pid
@@ -733,9 +730,9 @@ MARGIN = 2.0  # s; at a stop clients end at 0.9 grace, workers at grace, then, M
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
 
-# What a slot of the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at
-# END_BY it is killed.  A slot of SLOT numbers fills one cache line, so that no two processes write to the same.
-STATE, PID, CALLED, SERVED, END_BY = range(5)
+# What a slot of the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0.
+# A slot of SLOT numbers fills one cache line, so that no two processes write to the same.
+STATE, PID, CALLED, SERVED = range(4)
 SLOT = 8
 VACANT, FORKED, ACCEPTING, ENDING = range(4)  # its STATE: while ENDING it finishes its handler, and exit functions
 
@@ -866,7 +863,7 @@ class Manager:
         serving, workers = self.generations[0], self.settings.workers
         since = time.strftime("since %T", time.localtime(serving.since))
         self.notify(f"{workers} workers, generation {serving.number} {since}", f"READY=1\nMAINPID={os.getpid()}\n")
-        if self.pid_file.reload_is_pending() and not self.reload_wanted:
+        if self.pid_file.reload_pending and not self.reload_wanted:
             self.pid_file.tell_reload("ok")
         if self.has_launcher:
             self.has_launcher = False
@@ -950,7 +947,7 @@ class Manager:
         if self.phase is Phase.STARTING:
             log("*", f"Start Failed: {shown}")
             self.stop(why)
-        elif self.pid_file.reload_is_pending():
+        elif self.pid_file.reload_pending:
             log("*", f"Reload Failed: {shown} (nothing changed)")
             self.pid_file.tell_reload(why)
         else:
@@ -984,7 +981,7 @@ class Manager:
             kill_group(generation.pid)  # what its module has started
         cause = cause_of_death(status)
         if generation.state is State.LOADING:
-            self.loading_failed(not_loaded(generation.settings, f"the process died ({cause})"))
+            self.loading_failed(f"cannot load handler {generation.settings.handler}: the process died ({cause})")
         elif generation.state is State.SERVING:
             log("*", f"Generation Died. ({cause})", pid=generation.pid)
             self.notify(f"generation {generation.number} died: {cause}")
@@ -1348,8 +1345,6 @@ class Keeper:
 
     def finish(self) -> bool:
         """Return whether the service stops and no client is left; tell the workers when no more texts come."""
-        if self.stopped_at == math.inf:
-            return False
         if time.monotonic() >= self.stopped_at + LAST_CALL and all(client.is_reply for client in self.clients.values()):
             with suppress(OSError):  # the workers are gone
                 self.to_workers.shutdown(socket.SHUT_WR)
@@ -1395,9 +1390,10 @@ def load_handler(settings: Settings) -> Handler:
     """Import the handler and check what it is.  Raise Failure, whatever its module raises."""
     if not settings.handler:
         return text_length
+    cannot = f"cannot load handler {settings.handler}"
     module_name, function_name = settings.handler.split(":")
     if (top := module_name.partition(".")[0]) in sys.modules:
-        raise Failure(not_loaded(settings, f"the name {top} is taken by a module that is imported already"))
+        raise Failure(f"{cannot}: the name {top} is taken by a module that is imported already")
     sys.dont_write_bytecode = True  # .pyc files are checked to the second: a quick edit would be missed
     sys.path.insert(0, settings.directory)
     try:
@@ -1414,17 +1410,13 @@ def load_handler(settings: Settings) -> Handler:
             reason = f"no module {why.name} in {settings.directory}, nor where Python looks"
             if why.name == f"{top}.py":
                 reason = f"a module is named without .py: {top}:{function_name}"
-        raise Failure(not_loaded(settings, reason)) from why
+        raise Failure(f"{cannot}: {reason}") from why
     if fault := fault_of(handler):
         import difflib
         close = difflib.get_close_matches(function_name, vars(module), 1) if handler is None else []
         fault += f"; did you mean '{close[0]}'?" if close else ""
-        raise Failure(not_loaded(settings, f"{function_name} {fault}"))
+        raise Failure(f"{cannot}: {function_name} {fault}")
     return handler  # type: ignore[no-any-return]
-
-
-def not_loaded(settings: Settings, why: str) -> str:
-    return f"cannot load handler {settings.handler}: {why}"
 
 
 def fault_of(handler: Any) -> str:
@@ -1501,8 +1493,8 @@ class Supervisor:
             self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
             self.reap()
             self.read_orders()
-            for pid, slot in self.children.items():
-                if time.monotonic() >= min(slot[END_BY], self.drain_by):
+            if time.monotonic() >= self.drain_by:
+                for pid in self.children:
                     os.kill(pid, signal.SIGKILL)
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # the module's threads and exit functions have 1 s
         return None
@@ -1514,7 +1506,7 @@ class Supervisor:
         there = len(self.vacant_until) + len(self.generation.slots(FORKED, ACCEPTING))
         missing = self.generation.settings.workers - there if self.drain_by == math.inf else 0
         for slot in self.generation.slots(VACANT)[:max(0, missing)]:
-            slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = FORKED, 0, 0, 0, math.inf
+            slot[STATE], slot[PID], slot[CALLED], slot[SERVED] = FORKED, 0, 0, 0
             try:
                 pid = os.fork()
             except OSError as why:
@@ -1561,7 +1553,7 @@ class Supervisor:
         end = f"Died. ({cause})"
         if cause == "SIGALRM" and called:
             end = f"Killed. (handler ran longer than {self.generation.settings.handler_timeout:g} s)"
-        elif cause in ("SIGALRM", "SIGKILL") and time.monotonic() >= min(slot[END_BY], self.drain_by):
+        elif cause == "SIGALRM" or (cause == "SIGKILL" and time.monotonic() >= self.drain_by):
             end = "Killed. (still running after the grace)"
         log("*", f"Child Process {end}", pid=pid)
         if state in (FORKED, ACCEPTING):
@@ -1635,8 +1627,7 @@ class Worker:
         log("*", f"Child Process Ended. ({max(0, self.requests_left)})")
         if self.handler is text_length:
             os._exit(0)  # nothing is to be finished
-        self.slot[END_BY] = time.monotonic() + self.settings.grace  # for exit functions, and the handler's threads
-        signal.setitimer(signal.ITIMER_REAL, self.settings.grace)  # also if the supervisor is dead
+        signal.setitimer(signal.ITIMER_REAL, self.settings.grace)  # for exit functions, and the handler's threads
         self.wake_supervisor()
 
     def accept_clients(self) -> None:
@@ -1768,7 +1759,6 @@ class Worker:
     def give_up(self, why: str) -> NoReturn:
         """Exit for want of resources; but not as ENDING, so the next worker comes after a delay."""
         log("*", why)
-        self.slot[END_BY] = time.monotonic() + self.settings.grace
         signal.setitimer(signal.ITIMER_REAL, self.settings.grace)
         sys.exit()
 
