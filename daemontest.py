@@ -308,7 +308,8 @@ def take_lock(file: int, kind: int) -> bool:
 MANAGER_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 MEANINGLESS = {signal.SIGPIPE, signal.SIGUSR2, signal.SIGALRM}
 MEANINGLESS_TO_OTHERS = (MANAGER_SIGNALS | MEANINGLESS) - {signal.SIGCHLD, signal.SIGALRM}
-RECEIVE_BYTES, RECEIVE_FILES = 16384, socket.CMSG_SPACE(8 * 4)  # at once; more bytes do not stay in the nearest cache
+RECEIVE_BYTES = 16384  # at once; more does not stay in the processor's nearest cache
+RECEIVE_SPACE = socket.CMSG_SPACE(8 * 4)  # for at most eight descriptors with a message
 PATIENCE = struct.pack("qq", 1, 0)  # (s, µs) to wait for a keeper that takes no clients: it is suspended, or has died
 
 Handler = Callable[[str], str]
@@ -417,7 +418,7 @@ def read_message(end: int) -> tuple[str, list[int]]:
 
 def receive_message(channel: socket.socket) -> tuple[bytes, list[int]]:
     """Return the next message and its descriptors, b"" at the end.  Raise OSError; BlockingIOError if none is there."""
-    message, ancillary, flags, _ = channel.recvmsg(RECEIVE_BYTES, RECEIVE_FILES, socket.MSG_CMSG_CLOEXEC)
+    message, ancillary, flags, _ = channel.recvmsg(RECEIVE_BYTES, RECEIVE_SPACE, socket.MSG_CMSG_CLOEXEC)
     files = array.array("i", ancillary[0][2]).tolist() if ancillary else []
     if flags & socket.MSG_CTRUNC:
         for file in files:
@@ -730,9 +731,9 @@ MARGIN = 2.0  # s; at a stop clients end at 0.9 grace, workers at grace, then, M
 Phase = Enum("Phase", "STARTING SERVING CHANGING STOPPING")  # CHANGING: a generation is missing, loads, or drains
 State = Enum("State", "LOADING SERVING LEAVING")  # what the manager has made of a generation
 
-# What a slot of the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0.
-# A slot of SLOT numbers fills one cache line, so that no two processes write to the same.
-STATE, PID, CALLED, SERVED = range(4)
+# What a slot of the scoreboard says of a worker: CALLED is when the handler was called (time.monotonic()), or 0; at
+# END_BY it is killed.  A slot of SLOT numbers fills one cache line, so that no two processes write to the same.
+STATE, PID, CALLED, SERVED, END_BY = range(5)
 SLOT = 8
 VACANT, FORKED, ACCEPTING, ENDING = range(4)  # its STATE: while ENDING it finishes its handler, and exit functions
 
@@ -981,7 +982,7 @@ class Manager:
             kill_group(generation.pid)  # what its module has started
         cause = cause_of_death(status)
         if generation.state is State.LOADING:
-            self.loading_failed(f"cannot load handler {generation.settings.handler}: the process died ({cause})")
+            self.loading_failed(not_loaded(generation.settings, f"the process died ({cause})"))
         elif generation.state is State.SERVING:
             log("*", f"Generation Died. ({cause})", pid=generation.pid)
             self.notify(f"generation {generation.number} died: {cause}")
@@ -1047,7 +1048,7 @@ class Manager:
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 INLINE_BYTES = 2048  # of a client's data in a message; more goes into a memfd
 OPEN_SIDE_BYTES = 2000  # what the Perl original read at the most, from clients that keep their side open
-HEADER = struct.Struct("??46s")  # whether the data is a reply; whether the client has half-closed; its address
+HEADER = struct.Struct("??46s")  # is the data a reply; has the client half-closed; its address (inet_ntop(3))
 
 
 class Client:
@@ -1069,9 +1070,8 @@ class Client:
                 self.memfd = file.fileno()
                 file.write(self.data)
             self.data = b""
-        files = array.array("i", (self.connection, self.memfd) if self.memfd != -1 else (self.connection,))
-        channel.sendmsg([HEADER.pack(self.is_reply, self.half_closed, self.name.encode()) + self.data],
-                        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+        socket.send_fds(channel, [HEADER.pack(self.is_reply, self.half_closed, self.name.encode()) + self.data],
+                        [self.connection, self.memfd][:1 if self.memfd == -1 else 2])
 
     @staticmethod
     def from_channel(channel: socket.socket) -> Client | None:
@@ -1345,6 +1345,8 @@ class Keeper:
 
     def finish(self) -> bool:
         """Return whether the service stops and no client is left; tell the workers when no more texts come."""
+        if self.stopped_at == math.inf:
+            return False
         if time.monotonic() >= self.stopped_at + LAST_CALL and all(client.is_reply for client in self.clients.values()):
             with suppress(OSError):  # the workers are gone
                 self.to_workers.shutdown(socket.SHUT_WR)
@@ -1390,10 +1392,9 @@ def load_handler(settings: Settings) -> Handler:
     """Import the handler and check what it is.  Raise Failure, whatever its module raises."""
     if not settings.handler:
         return text_length
-    cannot = f"cannot load handler {settings.handler}"
     module_name, function_name = settings.handler.split(":")
     if (top := module_name.partition(".")[0]) in sys.modules:
-        raise Failure(f"{cannot}: the name {top} is taken by a module that is imported already")
+        raise Failure(not_loaded(settings, f"the name {top} is taken by a module that is imported already"))
     sys.dont_write_bytecode = True  # .pyc files are checked to the second: a quick edit would be missed
     sys.path.insert(0, settings.directory)
     try:
@@ -1410,13 +1411,17 @@ def load_handler(settings: Settings) -> Handler:
             reason = f"no module {why.name} in {settings.directory}, nor where Python looks"
             if why.name == f"{top}.py":
                 reason = f"a module is named without .py: {top}:{function_name}"
-        raise Failure(f"{cannot}: {reason}") from why
+        raise Failure(not_loaded(settings, reason)) from why
     if fault := fault_of(handler):
         import difflib
         close = difflib.get_close_matches(function_name, vars(module), 1) if handler is None else []
         fault += f"; did you mean '{close[0]}'?" if close else ""
-        raise Failure(f"{cannot}: {function_name} {fault}")
+        raise Failure(not_loaded(settings, f"{function_name} {fault}"))
     return handler  # type: ignore[no-any-return]
+
+
+def not_loaded(settings: Settings, why: str) -> str:
+    return f"cannot load handler {settings.handler}: {why}"
 
 
 def fault_of(handler: Any) -> str:
@@ -1493,8 +1498,8 @@ class Supervisor:
             self.signals.wait(None if steady else TICK, *([self.channel] if self.channel != -1 else []))
             self.reap()
             self.read_orders()
-            if time.monotonic() >= self.drain_by:
-                for pid in self.children:
+            for pid, slot in self.children.items():
+                if time.monotonic() >= min(slot[END_BY], self.drain_by):
                     os.kill(pid, signal.SIGKILL)
         signal.setitimer(signal.ITIMER_REAL, 1.0)  # the module's threads and exit functions have 1 s
         return None
@@ -1506,7 +1511,7 @@ class Supervisor:
         there = len(self.vacant_until) + len(self.generation.slots(FORKED, ACCEPTING))
         missing = self.generation.settings.workers - there if self.drain_by == math.inf else 0
         for slot in self.generation.slots(VACANT)[:max(0, missing)]:
-            slot[STATE], slot[PID], slot[CALLED], slot[SERVED] = FORKED, 0, 0, 0
+            slot[STATE], slot[PID], slot[CALLED], slot[SERVED], slot[END_BY] = FORKED, 0, 0, 0, math.inf
             try:
                 pid = os.fork()
             except OSError as why:
@@ -1553,7 +1558,7 @@ class Supervisor:
         end = f"Died. ({cause})"
         if cause == "SIGALRM" and called:
             end = f"Killed. (handler ran longer than {self.generation.settings.handler_timeout:g} s)"
-        elif cause == "SIGALRM" or (cause == "SIGKILL" and time.monotonic() >= self.drain_by):
+        elif cause in ("SIGALRM", "SIGKILL") and time.monotonic() >= min(slot[END_BY], self.drain_by):
             end = "Killed. (still running after the grace)"
         log("*", f"Child Process {end}", pid=pid)
         if state in (FORKED, ACCEPTING):
@@ -1627,7 +1632,7 @@ class Worker:
         log("*", f"Child Process Ended. ({max(0, self.requests_left)})")
         if self.handler is text_length:
             os._exit(0)  # nothing is to be finished
-        signal.setitimer(signal.ITIMER_REAL, self.settings.grace)  # for exit functions, and the handler's threads
+        self.limit_end()  # for exit functions, and the handler's threads
         self.wake_supervisor()
 
     def accept_clients(self) -> None:
@@ -1759,8 +1764,13 @@ class Worker:
     def give_up(self, why: str) -> NoReturn:
         """Exit for want of resources; but not as ENDING, so the next worker comes after a delay."""
         log("*", why)
-        signal.setitimer(signal.ITIMER_REAL, self.settings.grace)
+        self.limit_end()
         sys.exit()
+
+    def limit_end(self) -> None:
+        """Have the supervisor kill this process after the grace, and the kernel, if the supervisor is dead."""
+        self.slot[END_BY] = time.monotonic() + self.settings.grace
+        signal.setitimer(signal.ITIMER_REAL, self.settings.grace)
 
     def catch(self, *_: object) -> None:
         """Note SIGTERM, also while the handler runs, or a library has taken the wake-up descriptor."""

@@ -117,7 +117,7 @@ def running(server: Server) -> Iterator[tuple[int, psutil.Process]]:
                     ask(port, POEM)
                     break
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("does not start")
+                    raise RuntimeError(f"{server.name} does not start")
                 time.sleep(0.02)
             yield port, psutil.Process(process.pid)
         finally:

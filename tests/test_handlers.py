@@ -345,8 +345,7 @@ KEEPS = {
 }
 ENDLESS = {
     "thread": "threading.Thread(target=time.sleep, args=[100]).start()",
-    "atexit": "atexit.register(time.sleep, 100)",
-    "deaf": "atexit.register(lambda: (signal.signal(signal.SIGALRM, signal.SIG_IGN), time.sleep(100)))",
+    "atexit": "atexit.register(lambda: (signal.signal(signal.SIGALRM, signal.SIG_IGN), time.sleep(100)))",
     "pool": "pool().submit(time.sleep, 100)",
 }
 
@@ -387,7 +386,7 @@ def test_exit_functions_run_in_idle_workers_and_the_generation_alone(service: Se
     assert sorted(noted(service)) == sorted(expected)
 
 
-@pytest.mark.parametrize("what, how", [("pool", "-t"), ("thread", "--reload"), ("deaf", "-t"), ("atexit", "TERM")])
+@pytest.mark.parametrize("what, how", [("pool", "-t"), ("thread", "--reload"), ("atexit", "-t"), ("atexit", "TERM")])
 def test_an_endless_end_is_killed_after_the_grace(service: Service, what: str, how: str) -> None:
     service.expected.append(KILLED)
     worker = start_one(service, "--grace", "0.6")
